@@ -1,0 +1,131 @@
+"""What tells a reader whether a number is good: learners to hold a scheme against.
+
+Beside these, `Learner` (zero-shot: no adaptation at all) and `Adapted` with a LoRA that grows
+(ranks added per task, all of them always on) serve as baselines as they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapt import adapters, parameters
+from .learn import Adapted, Backbone, Learner
+from .lora import LoRA
+from .streams import Stream, Task
+
+
+class ClassMean(Learner):
+    """Nearest class mean: no training; a digit's prototype is the mean of its frozen features.
+
+    The mean is over all that the stream has shown of the digit so far, and over the base domain
+    until then: it neither forgets nor adapts.
+    """
+
+    def __init__(self, model: Backbone, stream: Stream):
+        super().__init__(model)
+        C, F = model.classes.shape
+        self.total, self.seen = torch.zeros(2, C, F, dtype=torch.float64), torch.zeros(2, C)
+        self._add(0, stream.base)
+
+    @torch.no_grad()
+    def _add(self, source: int, task: Task) -> None:
+        """Count a task's features in: source 0 is the base domain, 1 the stream."""
+        features = self.model.features(task.x_train.to(self.model.classes.device)).double().cpu()
+        self.total[source].index_add_(0, task.y_train.cpu(), features)
+        self.seen[source] += task.y_train.cpu().bincount(minlength=self.seen.shape[1])
+
+    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+        self._add(1, stream.tasks[t])
+
+    def predict(self, x: Tensor, j: int) -> Tensor:
+        source = (self.seen[1] > 0).long()  # (C,)
+        digits = torch.arange(len(source))
+        mean = self.total[source, digits] / self.seen[source, digits].unsqueeze(1)  # (C, F)
+        return torch.cdist(self.model.features(x), mean.to(x)).argmin(-1)
+
+    def count(self) -> dict[str, int]:
+        return {"trainable": 0, "stored": self.total[0].numel(), "active": self.total[0].numel()}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"total": self.total, "seen": self.seen}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.total, self.seen = tensors["total"], tensors["seen"]
+
+
+class HeadOnly(Learner):
+    """A linear probe carried through the stream: the class embeddings alone learn."""
+
+    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+        self.model.classes.requires_grad_(True)
+        fit(self.model, [self.model.classes], stream.tasks[t])
+
+    def count(self) -> dict[str, int]:
+        return dict.fromkeys(("trainable", "stored", "active"), self.model.classes.numel())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"classes": self.model.classes}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.model.classes.copy_(tensors["classes"])
+
+
+class Joint(Adapted):
+    """One LoRA trained on all tasks at once: what could be learned if nothing came in sequence.
+
+    It learns when the stream is complete; the rows of its matrix before that are nan.
+    """
+
+    def __init__(self, model: Backbone, **settings: Any):
+        super().__init__(model, LoRA, grows=False, **settings)
+
+    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+        if t == len(stream.tasks) - 1:
+            every = [
+                torch.cat([getattr(task, name) for task in stream.tasks])
+                for name in ("x_train", "y_train", "x_test", "y_test")
+            ]
+            fit(self.model, parameters(self.model), Task("all tasks", *every))
+
+    def row(self, stream: Stream, learned: int) -> list[float]:
+        T = len(stream.tasks)
+        return super().row(stream, learned) if learned in (0, T) else [float("nan")] * T
+
+
+class ToldLoRA(LoRA):
+    """LoRA whose gate is told the task: g = 1 on the ranks of task `told`, 0 elsewhere.
+
+    A task not learned yet has no ranks; the layer is then W0 alone.
+    """
+
+    told = 0
+
+    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        first = min(self.told * self.rank, self.ranks - self.rank)
+        idx = torch.arange(first, first + self.rank, device=x.device)
+        return idx.expand(*x.shape[:-1], -1), float(self.told * self.rank < self.ranks)
+
+    def active(self) -> int:
+        return self.rank * (self.base.in_features + self.base.out_features)
+
+
+class Oracle(Adapted):
+    """One LoRA per task, and told at test which task it is: no routing mistakes, no interference."""
+
+    def __init__(self, model: Backbone, **settings: Any):
+        super().__init__(model, ToldLoRA, **settings)
+
+    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+        self._tell(t)
+        super().learn(stream, t, fit)
+
+    def predict(self, x: Tensor, j: int) -> Tensor:
+        self._tell(j)
+        return super().predict(x, j)
+
+    def _tell(self, task: int) -> None:
+        for _, adapter in adapters(self.model):
+            adapter.told = task

@@ -1,0 +1,202 @@
+"""All schemes and baselines through one stream, side by side: the numbers and the table."""
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import streams
+from .baselines import ClassMean, HeadOnly, Joint, Oracle
+from .learn import BATCH, LEARNING_RATE, PRETRAIN, Adapted, Backbone, Learner, carry
+from .lora import LoRA
+from .lora_moe import LoRAMoE
+from .metrics import METRICS, summary
+from .mora import MoRA
+from .streams import Stream
+
+# The toy streams' own settings. The schemes' defaults are their papers', for transformers of
+# width 768 with 16 ranks a task; a layer here is at most 128 wide and learns 5 tasks of 8 ranks.
+# - rank 8, epochs 20: enough for one LoRA a task to learn its task (see the oracle's row).
+# - tau .1: among 40 ranks the kept scores lie about .1 apart; at the paper's .01 the softmax
+#   picks one rank and the rest get no gradient.
+# - top_k 8: one task's worth of ranks. For lora_moe, whose experts are whole LoRAs, 3: the best
+#   of 1, 2, 3 and all on permuted-digits, with 2 and all within the spread.
+# - delta .2: the paper's.
+TOY: dict[str, Any] = {
+    "epochs": 20,
+    "rank": 8,
+    "top_k": {"lora_moe": 3, "mora": 8},
+    "tau": 0.1,
+    "delta": 0.2,
+}
+
+Settings = dict[str, Any]  # TOY's keys
+
+# name: (what it is, how a learner is made of a backbone, a stream and the settings)
+LEARNERS: dict[str, tuple[str, Callable[[Backbone, Stream, Settings], Learner]]] = {
+    "lora": (
+        "scheme: one dense LoRA that every task trains on",
+        lambda model, stream, s: Adapted(model, LoRA, grows=False, rank=s["rank"]),
+    ),
+    "lora_moe": (
+        "scheme: a learned router over whole LoRAs, one more per task",
+        lambda model, stream, s: Adapted(
+            model, LoRAMoE, rank=s["rank"], top_k=s["top_k"]["lora_moe"]
+        ),
+    ),
+    "mora": (
+        "scheme: rank-1 experts that score themselves, r more per task",
+        lambda model, stream, s: Adapted(
+            model, MoRA, rank=s["rank"], top_k=s["top_k"]["mora"], tau=s["tau"], delta=s["delta"]
+        ),
+    ),
+    "zero_shot": (
+        "baseline: no adaptation, the backbone as it is",
+        lambda model, stream, s: Learner(model),
+    ),
+    "class_mean": (
+        "baseline: nearest class mean of frozen features",
+        lambda model, stream, s: ClassMean(model, stream),
+    ),
+    "head_only": (
+        "baseline: the class embeddings alone learn, task after task",
+        lambda model, stream, s: HeadOnly(model),
+    ),
+    "lora_grown": (
+        "baseline: ranks added per task, all of them always on",
+        lambda model, stream, s: Adapted(model, LoRA, rank=s["rank"]),
+    ),
+    "joint": (
+        "bound: one LoRA with all tasks' ranks, trained on all tasks at once",
+        lambda model, stream, s: Joint(
+            model, rank=min(s["rank"] * len(stream.tasks), *model.fc1.weight.shape)
+        ),
+    ),
+    "oracle": (
+        "bound: one LoRA per task, told at test which task it is",
+        lambda model, stream, s: Oracle(model, rank=s["rank"]),
+    ),
+}
+
+
+def compare(
+    out: Path,
+    stream: str = "permuted-digits",
+    schemes: list[str] | None = None,
+    seeds: list[int] | None = None,
+    tasks: int = 5,
+    device: str = "cpu",
+    settings: Settings = TOY,
+    done: Callable[[str, int], None] = lambda label, tasks: None,
+) -> dict[str, Any]:
+    """Carry every scheme (LEARNERS; default all) with every seed (default 0) through a stream.
+
+    After every task a checkpoint is written to out/checkpoints; those that are there already
+    are gone on from. `done` hears of progress: a label, and how many tasks are newly finished.
+
+    Returns what compare.json holds, nan as None: {"stream", "device", "torch", "seeds",
+    "settings", "schemes": {name: {measure: {"mean", "std"}, ..., "trainable", "stored", "active",
+    "seconds": {"mean", "std"}, "matrix": one per seed}}}. std is the sample's, None for one seed.
+
+    Raises ValueError on unknown names and settings out of range, before anything is learned.
+    """
+    schemes, seeds = list(schemes or LEARNERS), list(seeds or [0])
+    for name in schemes:
+        if name not in LEARNERS:
+            raise ValueError(f"scheme is {name!r}, allowed: {', '.join(LEARNERS)}")
+    if settings["epochs"] < 1:
+        raise ValueError(f"epochs is {settings['epochs']}, allowed: 1 or more")
+    trial = streams.make(stream, tasks, seeds[0])
+    for name in schemes:
+        LEARNERS[name][1](Backbone(), trial, settings)  # a bad setting is heard of here
+    used = {"tasks": tasks, **settings, "batch": BATCH, "lr": LEARNING_RATE, "pretrain": PRETRAIN}
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in schemes}
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out / "checkpoints").close()  # so is a folder one cannot write to
+    for seed in seeds:
+        made = streams.make(stream, tasks, seed)
+        for name in schemes:
+            label = f"{name}, seed {seed}"
+            done(label, 0)
+            cells[name].append(
+                carry(
+                    lambda model, name=name: LEARNERS[name][1](model, made, settings),
+                    made,
+                    seed,
+                    settings["epochs"],
+                    device,
+                    name=label,
+                    checkpoint=out / "checkpoints" / f"{name}-seed{seed}.safetensors",
+                    run={"stream": stream, "device": device, "seed": seed, "scheme": name, **used},
+                    done=lambda tasks, label=label: done(label, tasks),
+                )
+            )
+    return {
+        "stream": stream,
+        "device": device,
+        "torch": torch.__version__,
+        "seeds": seeds,
+        "settings": used,
+        "schemes": {name: _over_seeds(runs) for name, runs in cells.items()},
+    }
+
+
+def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    measures = [summary(run["matrix"]) for run in runs]
+    return {
+        **{name: _spread([measure[name] for measure in measures]) for name in METRICS},
+        **{name: runs[0][name] for name in ("trainable", "stored", "active")},
+        "seconds": _spread([run["seconds"] for run in runs]),
+        "matrix": [_without_nan(run["matrix"]) for run in runs],
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    if any(math.isnan(value) for value in values):
+        return {"mean": None, "std": None}
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std}
+
+
+def _without_nan(matrix: list[list[float]]) -> list[list[float | None]]:
+    return [[None if math.isnan(entry) else entry for entry in row] for row in matrix]
+
+
+COLUMNS = {"acc": "ACC", "bwt": "BWT", "forgetting": "forgetting", "fwt": "FWT"} | {
+    "transfer": "Transfer",
+    "average": "Average",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """compare.json as text for a terminal, means ± sample standard deviations over seeds."""
+    head = ["", *COLUMNS.values(), "trainable", "stored", "active", "seconds"]
+    rows = [head]
+    for name, scheme in result["schemes"].items():
+        cells = [_cell(scheme[measure]) for measure in COLUMNS]
+        counts = [f"{scheme[kind]:,}" for kind in ("trainable", "stored", "active")]
+        rows.append([name, *cells, *counts, f"{scheme['seconds']['mean']:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    seeds = ", ".join(map(str, result["seeds"]))
+    title = f"{result['stream']}, {result['settings']['tasks']} tasks, seeds {seeds}"
+    return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", LEGEND])
+
+
+def _cell(value: dict[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "–"
+    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f"±{value['std']:.3f}")
+
+
+LEGEND = """\
+ACC: mean accuracy on all tasks after the last. BWT: change on old tasks since they were learned.
+forgetting: loss from a task's best. FWT: gain on a task before it is learned. Transfer: accuracy
+on tasks not yet learned. Average: over all tasks and times. Parameters: trained per task, stored
+at the end, active (read for one token's output). seconds: learning, per seed."""

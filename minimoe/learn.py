@@ -1,0 +1,218 @@
+"""Carry a model through a stream: pretrain, learn task after task, test on all, never lose it."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapt import adapt, aux_loss, count, grow, load_state, parameters, state
+from .files import read_tensors, write_tensors
+from .lora import Adapter
+from .streams import CLASSES, Stream, Task
+
+BATCH = 64
+LEARNING_RATE = 3e-3
+PRETRAIN = {"epochs": 40, "lr": 1e-3}
+
+
+class Backbone(nn.Module):
+    """A small network to adapt: three linear layers (64-128-128-64), and frozen class embeddings
+    as the head, as CLIP's text side is.
+
+        logits = features(x) Cᵀ             C (10, 64), one embedding per class
+
+    Every linear layer reads LayerNorm's output, as in a transformer. That matters to a signed
+    score: inputs with a common mean (plain ReLU's) excite the same ranks whatever the task.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (64, 128, 128, 64)):
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = map(nn.Linear, widths, widths[1:])
+        self.classes = nn.Parameter(torch.randn(CLASSES, widths[-1]) / math.sqrt(widths[-1]))
+
+    def features(self, x: Tensor) -> Tensor:
+        h = self.fc1(F.layer_norm(x, x.shape[-1:]))
+        h = self.fc2(F.layer_norm(F.relu(h), h.shape[-1:]))
+        return self.fc3(F.layer_norm(F.relu(h), h.shape[-1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x) @ self.classes.T
+
+
+def train(
+    model: nn.Module,
+    weights: Iterable[nn.Parameter],
+    task: Task,
+    epochs: int,
+    seed: int,
+    lr: float = LEARNING_RATE,
+    where: str = "training",
+) -> None:
+    """Fit weights to one task with a fresh AdamW (no decay): cross-entropy among all classes, plus
+    the adapters' auxiliary losses. The seed decides the order of the batches.
+
+    Raises FloatingPointError, before the step is taken, if the loss is no finite number.
+    """
+    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    order = torch.Generator().manual_seed(seed)
+    x, y = task.x_train, task.y_train
+    model.train()
+    step = 0
+    for _ in range(epochs):
+        for rows in torch.randperm(len(y), generator=order).to(y.device).split(BATCH):
+            loss = F.cross_entropy(model(x[rows]), y[rows]) + aux_loss(model)
+            step += 1
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{where}, step {step}: the loss is {loss.item()}")
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    model.eval()
+
+
+def pretrain(stream: Stream, seed: int, device: torch.device | str = "cpu") -> Backbone:
+    """A backbone that knows the stream's base domain, with every weight frozen."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Backbone().to(device)
+    where = f"pretraining on {stream.base.name}"
+    train(model, model.parameters(), stream.base.to(device), seed=seed, where=where, **PRETRAIN)
+    return model.requires_grad_(False)
+
+
+class Learner:
+    """What is carried through a stream. This one never learns: the backbone as it is."""
+
+    def __init__(self, model: Backbone):
+        self.model = model
+
+    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+        """Learn task t, the tasks before it having been learned, through fit(model, weights, task)."""
+
+    def predict(self, x: Tensor, j: int) -> Tensor:
+        """Digits (N,) for images x (N, 64) of task j, which only an oracle may look at."""
+        return self.model(x).argmax(-1)
+
+    @torch.no_grad()
+    def row(self, stream: Stream, learned: int) -> list[float]:
+        """Accuracy on every task of the stream, now that the first `learned` are learned."""
+        self.model.eval()
+        return [
+            (self.predict(task.x_test, j) == task.y_test).double().mean().item()
+            for j, task in enumerate(stream.tasks)
+        ]
+
+    def count(self) -> dict[str, int]:
+        return {"trainable": 0, "stored": 0, "active": 0}
+
+    def state(self) -> dict[str, Tensor]:
+        """What it has learned, for a checkpoint."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+
+
+class Adapted(Learner):
+    """Every linear layer of the backbone under one scheme; between tasks it grows, or does not."""
+
+    def __init__(self, model: Backbone, scheme: type[Adapter], grows: bool = True, **settings: Any):
+        super().__init__(model)
+        adapt(model, scheme, targets=r"fc\d", **settings)
+        self.grows = grows
+
+    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+        if t and self.grows:
+            grow(self.model)
+        fit(self.model, parameters(self.model), stream.tasks[t])
+
+    def count(self) -> dict[str, int]:
+        return count(self.model)
+
+    def state(self) -> dict[str, Tensor]:
+        return state(self.model)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        load_state(self.model, tensors)
+
+
+def carry(
+    make: Callable[[Backbone], Learner],
+    stream: Stream,
+    seed: int,
+    epochs: int,
+    device: torch.device | str = "cpu",
+    name: str = "learner",
+    checkpoint: Path | None = None,
+    run: dict[str, Any] | None = None,
+    done: Callable[[int], None] = lambda tasks: None,
+) -> dict[str, Any]:
+    """Pretrain a backbone, make a learner of it, and carry that through the stream.
+
+    Args:
+        make: makes the learner from the backbone; its draws are seeded by `seed`.
+        checkpoint: a file to write after every task, and to go on from if it is there. A task
+            that was cut off is learned again from its start, to the same bits.
+        run: what the checkpoint must be a run of (settings; anything that JSON holds).
+        done: called with the number of tasks that are newly finished.
+
+    Returns: {"matrix": (T + 1, T) nested lists, the row before any task first; "seconds" spent
+    learning; "trainable", "stored", "active" parameters at the end}.
+
+    Raises ValueError on a checkpoint of another run, or no checkpoint; FloatingPointError as
+    `train` does, naming scheme, task and step.
+    """
+    model = pretrain(stream, seed, device)
+    stream = Stream(
+        stream.name, stream.shows, stream.base, tuple(task.to(device) for task in stream.tasks)
+    )
+    T = len(stream.tasks)
+    with torch.random.fork_rng():
+        torch.manual_seed(task_seed(seed, 0))
+        learner = make(model)
+        learned, seconds, matrix = 0, 0.0, torch.full((T + 1, T), torch.nan, dtype=torch.float64)
+        if checkpoint is not None and checkpoint.exists():
+            tensors, facts = read_tensors(checkpoint)
+            differing(checkpoint, facts.get("run"), run)
+            learned, seconds, matrix = facts["learned"], facts["seconds"], tensors.pop("matrix")
+            learner.load_state(tensors)
+            done(learned)
+        else:
+            matrix[0] = torch.tensor(learner.row(stream, 0))
+        for t in range(learned, T):
+            start = time.perf_counter()
+            torch.manual_seed(task_seed(seed, t))
+
+            def fit(model: nn.Module, weights: Iterable[nn.Parameter], task: Task, t: int = t):
+                where = f"{name}, task {t + 1} ({task.name})"
+                train(model, weights, task, epochs, task_seed(seed, t), where=where)
+
+            learner.learn(stream, t, fit)
+            seconds += time.perf_counter() - start
+            matrix[t + 1] = torch.tensor(learner.row(stream, t + 1))
+            if checkpoint is not None:
+                facts = {"run": run, "learned": t + 1, "seconds": seconds}
+                write_tensors(checkpoint, {"matrix": matrix, **learner.state()}, facts)
+            done(1)
+    return {"matrix": matrix.tolist(), "seconds": seconds, **learner.count()}
+
+
+def task_seed(seed: int, t: int) -> int:
+    """The seed of all that task t draws, the same for every learner."""
+    return 1000 * (seed + 1) + t
+
+
+def differing(path: Path, there: Any, here: Any) -> None:
+    """Raise ValueError, naming what differs, unless the file's run is this run."""
+    if there == here:
+        return
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        raise ValueError(f"{path}: a checkpoint of another run")
+    keys = [key for key in there | here if there.get(key) != here.get(key)]
+    odd = [f"{key} {there.get(key)} there, {here.get(key)} here" for key in keys]
+    raise ValueError(f"{path}: a checkpoint of another run ({'; '.join(odd)})")

@@ -1,0 +1,182 @@
+"""Dense LoRA, and the skeleton that every sibling shares.
+
+LoRA: Low-Rank Adaptation of Large Language Models. Hu et al., arXiv 2106.09685, section 4.1.
+
+The one equation of this package, of which every scheme fills in g:
+
+    z = x Aᵀ                                what every rank sees
+    y = x W0ᵀ + scale · (g ⊙ z) B           what the chosen ranks say
+
+and for dense LoRA
+
+    g = 1                                   every rank speaks, at full weight
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values: rank i is the pair (A[i], B[i]).
+
+Departures: the paper writes B as (O, r) and its scale as alpha / r; here scale is given as it
+is. No dropout on the adapter's input.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .sparse import rank_sparse
+
+
+class Adapter(nn.Module):
+    """The skeleton: a frozen nn.Linear, frozen and live ranks, and the one equation.
+
+    A scheme is a subclass that states its `gate`, what a token reads (`active`), and in `fresh`
+    whatever it grows beside keys and values. Ranks of finished tasks are buffers (`frozen_A`,
+    `frozen_B`), ranks in training are parameters (`A`, `B`); frozen ones come first. Nothing
+    happens by itself: `grow` is what the caller says when a task ends.
+
+    Args:
+        base: the linear layer to adapt. It is wrapped, not copied; its weights are frozen.
+        rank: r, the number of ranks at the start, and of those that each `grow` adds.
+        scale: the factor on the whole update.
+
+    A scheme keeps each argument of its constructor under the argument's own name.
+    Raises TypeError if base is no nn.Linear, ValueError if a setting is out of its range.
+    """
+
+    path = "auto"  # of the rank-sparse product (sparse.py)
+    aux: Tensor | None = None  # auxiliary loss of the last forward pass in training, if any
+    A: Tensor
+    B: Tensor
+    frozen_A: Tensor
+    frozen_B: Tensor
+
+    def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"base is {type(base).__name__}, allowed: nn.Linear")
+        most = min(base.in_features, base.out_features)
+        if not 1 <= rank <= most:
+            raise ValueError(f"rank is {rank}, allowed for this layer: 1 to {most}")
+        self.base, self.rank, self.scale = base.requires_grad_(False), rank, scale
+        for name, rows in self.fresh().items():
+            self.register_buffer(f"frozen_{name}", rows[:0].clone())
+            self.register_parameter(name, nn.Parameter(rows))
+
+    @property
+    def ranks(self) -> int:
+        """R, frozen and live."""
+        return len(self.frozen_A) + len(self.A)
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, without base."""
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names if name != "base"}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in {"ranks": self.ranks, **self.settings()}.items())
+
+    def fresh(self) -> dict[str, Tensor]:
+        """The rows that one task adds: keys kaiming_uniform(a=sqrt 5), values zero, so that a
+        fresh layer is the base layer, bit for bit."""
+        W0 = self.base.weight  # (O, D)
+        A = nn.init.kaiming_uniform_(torch.empty_like(W0[:1]).repeat(self.rank, 1), a=math.sqrt(5))
+        return {"A": A, "B": W0.new_zeros(self.rank, len(W0))}
+
+    def grow(self) -> None:
+        """A task ends: freeze every live row and add fresh ones.
+
+        The fresh rows are new parameters: give them a new optimiser.
+        """
+        for name, rows in self.fresh().items():
+            frozen = torch.cat([getattr(self, f"frozen_{name}"), getattr(self, name).detach()])
+            setattr(self, f"frozen_{name}", frozen)
+            setattr(self, name, nn.Parameter(rows))
+
+    def project(self, x: Tensor, name: str) -> Tensor:
+        """x against the frozen rows of that name, then against the live ones.
+
+        Two products, so that the weight gradient of the live rows costs nothing for frozen ones.
+        """
+        frozen, live = getattr(self, f"frozen_{name}"), getattr(self, name)
+        return torch.cat([F.linear(x, frozen), F.linear(x, live)], dim=-1)
+
+    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        """(idx, g): the kept ranks (..., K) and their weights (..., K), from x (..., D) and
+        z (..., R). idx None keeps all ranks, in order."""
+        raise NotImplementedError
+
+    def active(self) -> int:
+        """How many of the adapter's parameters the output for one token depends on by value."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.project(x, "A")  # (..., R)
+        idx, g = self.gate(x, z)
+        v = g * (z if idx is None else z.gather(-1, idx))  # (..., K)
+        return self.base(x) + self.scale * rank_sparse(v, idx, self.frozen_B, self.B, self.path)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """A grown layer's state loads into a fresh one: frozen rows take the size that comes."""
+        for name in [n for n in self._buffers if n.startswith("frozen_")]:
+            rows, here = state_dict.get(prefix + name), getattr(self, name)
+            if rows is not None and rows.shape[1:] == here.shape[1:]:
+                setattr(self, name, here.new_empty(rows.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out `aux`: it is part of one step's graph."""
+        return self.__dict__ | {"aux": None}
+
+
+class LoRA(Adapter):
+    """Dense LoRA. Parameters: R (D + O), all of them active.
+
+    Without `grow` it is the sequential baseline, one update that every task overwrites; with
+    it, ranks are added per task and all are always on.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
+        super().__init__(base, rank, scale)
+        self.register_buffer("unmerged", None, persistent=False)  # W0 while merged
+
+    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        return None, 1.0
+
+    def active(self) -> int:
+        return self.ranks * (self.base.in_features + self.base.out_features)
+
+    # What a gate of 1 allows and no other gate does: one matrix does it all.
+
+    def merge(self) -> None:
+        """W0 <- W0 + scale · (Aᵀ B)ᵀ. Only for use: a merged layer does not train, grow or save."""
+        self._stop_if_merged()
+        W0 = self.base.weight
+        self.unmerged = W0.detach().clone()
+        A, B = torch.cat([self.frozen_A, self.A]), torch.cat([self.frozen_B, self.B])
+        with torch.no_grad():
+            W0 += self.scale * (B.T @ A)
+
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        if self.unmerged is None:
+            raise RuntimeError("the layer is not merged")
+        self.base.weight.data.copy_(self.unmerged)
+        self.unmerged = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.unmerged is None else self.base(x)
+
+    def grow(self) -> None:
+        self._stop_if_merged()
+        super().grow()
+
+    def _save_to_state_dict(self, *args) -> None:
+        self._stop_if_merged()
+        super()._save_to_state_dict(*args)
+
+    def _stop_if_merged(self) -> None:
+        if self.unmerged is not None:
+            raise RuntimeError("the layer is merged: call unmerge() first")

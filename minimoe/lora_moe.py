@@ -1,0 +1,97 @@
+"""LoRA-MoE: whole LoRAs as experts, and a router that learns which of them speak.
+
+The linear form of MoE-Adapters4CL (Yu et al., arXiv 2403.11549), which MoRA is compared with.
+
+The one equation, with one weight per block of r ranks:
+
+    z = x Aᵀ
+    l = x Wᵀ                                router logits, one per expert
+    w = softmax over the top k of l         one weight per kept expert; they sum to 1
+    g = w_e for each of the r ranks of a kept expert e, 0 elsewhere
+    y = x W0ᵀ + scale · (g ⊙ z) B
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router; here R = E·r, K = k·r.
+
+Life: one task trains one new expert and one new router row; all older ones are frozen. On
+permuted-digits that did better than training the old rows on, and small random rows better
+than zero ones; top-2, top-3 and all experts came out alike, top-1 cannot learn to route.
+
+Balance (off by default), as Switch Transformers (Fedus et al., arXiv 2101.03961, eq. 4-6):
+
+    aux = balance · E · Σ_e f_e P_e         balance where the router is uniform
+    f_e = share of the kept (token, slot) pairs that fall to e,  P_e = mean over tokens of softmax(l)_e
+
+What it keeps and what it leaves out, of
+- MoE-Adapters4CL: top-k then softmax, zero-change birth, freezing by task. Not: non-linear
+  adapters beside the FFN, a router set per task (it needs to be told the task, or to guess it),
+  routing by a sample's first token, noise on the logits.
+- MixLoRA (arXiv 2404.15159): top-k over learned logits, router N(0, .02), its load-balance
+  loss. Not: gating whole FFNs, experts all trained at once.
+- LoRAMoE (arXiv 2312.09979): a block gate on each linear layer. Not: the dense softmax over all
+  experts, the balance between two given kinds of expert.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .lora import Adapter
+
+
+class LoRAMoE(Adapter):
+    """A router over whole LoRAs. Parameters: E (r (D + O) + D); active, E D + k r (D + O).
+
+    Args beyond Adapter's:
+        top_k: k, experts kept per token, at most all.
+        balance: coefficient of the load-balance loss, left in `aux` in training.
+
+    Raises ValueError if top_k < 1 or balance < 0.
+    """
+
+    router: Tensor
+    frozen_router: Tensor
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 16,
+        scale: float = 1.0,
+        top_k: int = 2,
+        balance: float = 0.0,
+    ):
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
+        if not balance >= 0:
+            raise ValueError(f"balance is {balance}, allowed: 0 or more")
+        super().__init__(base, rank, scale)
+        self.top_k, self.balance = top_k, balance
+
+    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        logits = self.project(x, "router")  # (..., E)
+        top, expert = logits.topk(min(self.top_k, logits.shape[-1]))  # (..., k)
+        w = top.softmax(-1)
+        if self.training and self.balance:
+            self.aux = self.balance * switch_balance(logits, expert)
+        ranks = torch.arange(self.rank, device=x.device)
+        idx = (expert.unsqueeze(-1) * self.rank + ranks).flatten(-2)  # (..., k·r)
+        return idx, w.repeat_interleave(self.rank, -1)
+
+    def active(self) -> int:
+        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.rank
+        return E * D + min(self.top_k, E) * self.rank * (D + O)
+
+    def fresh(self) -> dict[str, Tensor]:
+        row = self.base.weight.new_empty(1, self.base.in_features).normal_(std=0.02)
+        return super().fresh() | {"router": row}
+
+
+def switch_balance(logits: Tensor, expert: Tensor) -> Tensor:
+    """E · Σ_e f_e P_e: 1 where routing is uniform, up to E where one expert takes all.
+
+    logits (..., E), expert (..., k) the kept ones; Switch Transformers eq. 4-6, with f_e counted
+    over all k slots. An empty batch gives 0.
+    """
+    E = logits.shape[-1]
+    f = expert.flatten().bincount(minlength=E) / max(expert.numel(), 1)
+    P = logits.softmax(-1).reshape(-1, E).sum(0) / max(logits.numel() // E, 1)
+    return E * (f * P).sum()

@@ -1,0 +1,76 @@
+"""MoRA: rank-1 experts that score themselves.
+
+Little By Little: Continual Learning via Self-Activated Sparse Mixture-of-Rank Adaptive
+Learning. Lu et al., arXiv 2506.21035, eq. 2-8; called MoRAM from its third version on.
+(Not kongds' MoRA, "High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130.)
+
+The one equation, with the activations themselves as the gate's logits:
+
+    z = x Aᵀ
+    s = z / ‖z‖₂                            over all R ranks, old and new; 0 where z = 0   (eq. 5)
+    keep the k largest s, by sign           not by size                                    (eq. 6)
+    w = softmax over the kept of s / tau    one weight per kept rank; they sum to 1        (eq. 7)
+    g = w, and in evaluation 0 where s < delta, not renormalised                           (eq. 8)
+    y = x W0ᵀ + scale · (g ⊙ z) B           the raw z, not s
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values; each rank is an expert: E = R, K = k.
+
+Life: one task trains r new ranks; all older ones are frozen. No router parameters, no task id,
+no replay, no auxiliary loss. New ranks change old inputs' outputs even before they are trained
+(they enter ‖z‖ and compete for the k places): that drift is the method's own.
+
+Departures: k is capped at R, as in one of the authors' two code bases; their least k of 2 and
+the dropout on the adapter's input are left out. `detach_gate` is ours: it holds w constant in
+the backward pass, which is another method, not an approximation without cost.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .lora import Adapter
+
+
+class MoRA(Adapter):
+    """Rank-1 experts that score themselves. Parameters: R (D + O); active, R D + k O.
+
+    Args beyond Adapter's:
+        top_k: k, ranks kept per token, at most all.
+        tau: temperature of the softmax; the smaller, the sharper.
+        delta: threshold on s in [-1, 1], in evaluation only; at -1 or below it never prunes.
+        detach_gate: no gradient through w.
+
+    Raises ValueError if top_k < 1, if tau is not above 0, or if delta is no number.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 16,
+        scale: float = 1.0,
+        top_k: int = 16,
+        tau: float = 0.01,
+        delta: float = 0.2,
+        detach_gate: bool = False,
+    ):
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
+        if not tau > 0:
+            raise ValueError(f"tau is {tau}, allowed: above 0")
+        if delta != delta:
+            raise ValueError(f"delta is {delta}, allowed: any number")
+        super().__init__(base, rank, scale)
+        self.top_k, self.tau, self.delta, self.detach_gate = top_k, tau, delta, detach_gate
+
+    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(1e-12)
+        top, idx = z.topk(min(self.top_k, z.shape[-1]))  # (..., k); z and s rank alike
+        s = top / norm
+        w = (s / self.tau).softmax(-1)
+        if not self.training:
+            w = w * (s >= self.delta)
+        return idx, w.detach() if self.detach_gate else w
+
+    def active(self) -> int:
+        D, O = self.base.in_features, self.base.out_features
+        return self.ranks * D + min(self.top_k, self.ranks) * O

