@@ -112,9 +112,8 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         if len(tasks) > 1:
             raise ValueError(f"{name} holds tensors of different numbers of tasks")
     for name, adapter in adapters(model):
-        own = {
-            k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")
-        }
+        start = f"{name}."
+        own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
         adapter.load_state_dict(own, strict=False)  # base is not ours to load
 
 

@@ -5,7 +5,7 @@ Beside these, `Learner` (zero-shot: no adaptation at all) and `Adapted` with a L
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class ToldLoRA(LoRA):
     A task not learned yet has no ranks; the layer is then W0 alone.
     """
 
-    told = 0
+    told: int = 0
 
     def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
         first = min(self.told * self.rank, self.ranks - self.rank)
@@ -113,7 +113,7 @@ class ToldLoRA(LoRA):
 
 
 class Oracle(Adapted):
-    """One LoRA per task, and told at test which task it is: no routing mistakes, no interference."""
+    """One LoRA per task, told at test which task it is: no wrong routing, no interference."""
 
     def __init__(self, model: Backbone, **settings: Any):
         super().__init__(model, ToldLoRA, **settings)
@@ -128,4 +128,4 @@ class Oracle(Adapted):
 
     def _tell(self, task: int) -> None:
         for _, adapter in adapters(self.model):
-            adapter.told = task
+            cast(ToldLoRA, adapter).told = task

@@ -4,6 +4,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 
 from . import streams
 from .baselines import ClassMean, HeadOnly, Joint, Oracle
-from .learn import BATCH, LEARNING_RATE, PRETRAIN, Adapted, Backbone, Learner, carry
+from .learn import BATCH, LEARNING_RATE, PRETRAIN, Adapted, Backbone, Learner, carry, pretrain
 from .lora import LoRA
 from .lora_moe import LoRAMoE
 from .metrics import METRICS, summary
 from .mora import MoRA
-from .streams import Stream
 
 # The toy streams' own settings. The schemes' defaults are their papers', for transformers of
 # width 768 with 16 ranks a task; a layer here is at most 128 wide and learns 5 tasks of 8 ranks.
@@ -36,49 +36,54 @@ TOY: dict[str, Any] = {
 
 Settings = dict[str, Any]  # TOY's keys
 
-# name: (what it is, how a learner is made of a backbone, a stream and the settings)
-LEARNERS: dict[str, tuple[str, Callable[[Backbone, Stream, Settings], Learner]]] = {
+# name: (what it is, how to make a learner of (model, stream, settings))
+LEARNERS: dict[str, tuple[str, Callable[..., Learner]]] = {
     "lora": (
         "scheme: one dense LoRA that every task trains on",
-        lambda model, stream, s: Adapted(model, LoRA, grows=False, rank=s["rank"]),
+        lambda model, stream, settings: Adapted(model, LoRA, grows=False, rank=settings["rank"]),
     ),
     "lora_moe": (
         "scheme: a learned router over whole LoRAs, one more per task",
-        lambda model, stream, s: Adapted(
-            model, LoRAMoE, rank=s["rank"], top_k=s["top_k"]["lora_moe"]
+        lambda model, stream, settings: Adapted(
+            model, LoRAMoE, rank=settings["rank"], top_k=settings["top_k"]["lora_moe"]
         ),
     ),
     "mora": (
         "scheme: rank-1 experts that score themselves, r more per task",
-        lambda model, stream, s: Adapted(
-            model, MoRA, rank=s["rank"], top_k=s["top_k"]["mora"], tau=s["tau"], delta=s["delta"]
+        lambda model, stream, settings: Adapted(
+            model,
+            MoRA,
+            rank=settings["rank"],
+            top_k=settings["top_k"]["mora"],
+            tau=settings["tau"],
+            delta=settings["delta"],
         ),
     ),
     "zero_shot": (
         "baseline: no adaptation, the backbone as it is",
-        lambda model, stream, s: Learner(model),
+        lambda model, stream, settings: Learner(model),
     ),
     "class_mean": (
         "baseline: nearest class mean of frozen features",
-        lambda model, stream, s: ClassMean(model, stream),
+        lambda model, stream, settings: ClassMean(model, stream),
     ),
     "head_only": (
         "baseline: the class embeddings alone learn, task after task",
-        lambda model, stream, s: HeadOnly(model),
+        lambda model, stream, settings: HeadOnly(model),
     ),
     "lora_grown": (
         "baseline: ranks added per task, all of them always on",
-        lambda model, stream, s: Adapted(model, LoRA, rank=s["rank"]),
+        lambda model, stream, settings: Adapted(model, LoRA, rank=settings["rank"]),
     ),
     "joint": (
         "bound: one LoRA with all tasks' ranks, trained on all tasks at once",
-        lambda model, stream, s: Joint(
-            model, rank=min(s["rank"] * len(stream.tasks), *model.fc1.weight.shape)
+        lambda model, stream, settings: Joint(
+            model, rank=min(settings["rank"] * len(stream.tasks), *model.fc1.weight.shape)
         ),
     ),
     "oracle": (
         "bound: one LoRA per task, told at test which task it is",
-        lambda model, stream, s: Oracle(model, rank=s["rank"]),
+        lambda model, stream, settings: Oracle(model, rank=settings["rank"]),
     ),
 }
 
@@ -119,12 +124,14 @@ def compare(
     tempfile.TemporaryFile(dir=out / "checkpoints").close()  # so is a folder one cannot write to
     for seed in seeds:
         made = streams.make(stream, tasks, seed)
+        backbone = pretrain(made, seed, device)
         for name in schemes:
             label = f"{name}, seed {seed}"
             done(label, 0)
             cells[name].append(
                 carry(
-                    lambda model, name=name: LEARNERS[name][1](model, made, settings),
+                    partial(LEARNERS[name][1], settings=settings),
+                    backbone,
                     made,
                     seed,
                     settings["epochs"],
@@ -132,7 +139,7 @@ def compare(
                     name=label,
                     checkpoint=out / "checkpoints" / f"{name}-seed{seed}.safetensors",
                     run={"stream": stream, "device": device, "seed": seed, "scheme": name, **used},
-                    done=lambda tasks, label=label: done(label, tasks),
+                    done=partial(done, label),
                 )
             )
     return {

@@ -1,5 +1,6 @@
 """Carry a model through a stream: pretrain, learn task after task, test on all, never lose it."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from .streams import CLASSES, Stream, Task
 
 BATCH = 64
 LEARNING_RATE = 3e-3
-PRETRAIN = {"epochs": 40, "lr": 1e-3}
+PRETRAIN: dict[str, Any] = {"epochs": 40, "lr": 1e-3}
 
 
 class Backbone(nn.Module):
@@ -92,7 +93,7 @@ class Learner:
         self.model = model
 
     def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
-        """Learn task t, the tasks before it having been learned, through fit(model, weights, task)."""
+        """Learn task t, those before it having been learned; fit(model, weights, task) trains."""
 
     def predict(self, x: Tensor, j: int) -> Tensor:
         """Digits (N,) for images x (N, 64) of task j, which only an oracle may look at."""
@@ -142,7 +143,8 @@ class Adapted(Learner):
 
 
 def carry(
-    make: Callable[[Backbone], Learner],
+    make: Callable[[Backbone, Stream], Learner],
+    backbone: Backbone,
     stream: Stream,
     seed: int,
     epochs: int,
@@ -152,10 +154,10 @@ def carry(
     run: dict[str, Any] | None = None,
     done: Callable[[int], None] = lambda tasks: None,
 ) -> dict[str, Any]:
-    """Pretrain a backbone, make a learner of it, and carry that through the stream.
+    """Make a learner of (a copy of) a pretrained backbone, and carry it through the stream.
 
     Args:
-        make: makes the learner from the backbone; its draws are seeded by `seed`.
+        make: makes the learner of a backbone and the stream; `seed` decides what it draws.
         checkpoint: a file to write after every task, and to go on from if it is there. A task
             that was cut off is learned again from its start, to the same bits.
         run: what the checkpoint must be a run of (settings; anything that JSON holds).
@@ -167,14 +169,13 @@ def carry(
     Raises ValueError on a checkpoint of another run, or no checkpoint; FloatingPointError as
     `train` does, naming scheme, task and step.
     """
-    model = pretrain(stream, seed, device)
     stream = Stream(
         stream.name, stream.shows, stream.base, tuple(task.to(device) for task in stream.tasks)
     )
     T = len(stream.tasks)
     with torch.random.fork_rng():
         torch.manual_seed(task_seed(seed, 0))
-        learner = make(model)
+        learner = make(copy.deepcopy(backbone), stream)
         learned, seconds, matrix = 0, 0.0, torch.full((T + 1, T), torch.nan, dtype=torch.float64)
         if checkpoint is not None and checkpoint.exists():
             tensors, facts = read_tensors(checkpoint)

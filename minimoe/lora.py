@@ -140,6 +140,7 @@ class LoRA(Adapter):
 
     def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
         super().__init__(base, rank, scale)
+        self.unmerged: Tensor | None
         self.register_buffer("unmerged", None, persistent=False)  # W0 while merged
 
     def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:

@@ -20,7 +20,8 @@ than zero ones; top-2, top-3 and all experts came out alike, top-1 cannot learn 
 Balance (off by default), as Switch Transformers (Fedus et al., arXiv 2101.03961, eq. 4-6):
 
     aux = balance · E · Σ_e f_e P_e         balance where the router is uniform
-    f_e = share of the kept (token, slot) pairs that fall to e,  P_e = mean over tokens of softmax(l)_e
+    f_e = share of the kept (token, slot) pairs that fall to e
+    P_e = mean over tokens of softmax(l)_e
 
 What it keeps and what it leaves out, of
 - MoE-Adapters4CL: top-k then softmax, zero-change birth, freezing by task. Not: non-linear

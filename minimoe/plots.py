@@ -26,8 +26,9 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
     across = math.ceil(math.sqrt(len(names)))
     down = math.ceil(len(names) / across)
     figure = Figure(figsize=(5 + 2.1 * across, max(4.6, 0.9 + 2.1 * down)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[5, 2.1 * across])
-    curves(left.subplots(), matrices)
+    panels: Any = figure.subfigures(1, 2, width_ratios=[5, 2.1 * across])
+    left, right = panels
+    curves(left.subplots(), matrices, thick={"lora", "lora_moe", "mora"})
     grid = np.atleast_1d(right.subplots(down, across, sharex=True, sharey=True)).flatten()
     for axes, name in zip(grid, names, strict=False):
         shade = heat_map(axes, matrices[name].mean(0), name)
@@ -43,15 +44,16 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def curves(axes: Any, matrices: dict[str, np.ndarray]) -> None:
-    """Mean accuracy on the tasks seen so far, after each task, one line per scheme."""
+def curves(axes: Any, matrices: dict[str, np.ndarray], thick: set[str]) -> None:
+    """Mean accuracy on the tasks seen so far, after each task: schemes thick, baselines dashed."""
     for i, (name, matrix) in enumerate(matrices.items()):
         T = matrix.shape[2]
         tasks = np.arange(1, T + 1)
         seen = np.stack([matrix[:, t, :t].mean(1) for t in tasks])  # (T, seeds)
         mean, std = seen.mean(1), seen.std(1, ddof=1) if matrix.shape[0] > 1 else 0 * tasks
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        axes.plot(tasks, mean, label=name, markersize=5, **style)
+        line = {"lw": 2.5} if name in thick else {"lw": 1.2, "ls": "--"}
+        axes.plot(tasks, mean, label=name, markersize=5, **style, **line)
         axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
     axes.set(xlabel="tasks learned", ylabel="mean accuracy on the tasks seen so far", ylim=(0, 1))
     axes.set_xticks(tasks)

@@ -10,6 +10,7 @@ nobody says which task an image comes from.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def permuted_digits(tasks: int, seed: int) -> tuple[Task, list[Task]]:
     draw = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(64, generator=draw) for _ in range(tasks)]
     return _task("upright", images), [
-        _task(f"permutation {t + 1}", images, lambda x, order=order: x.flatten(1)[:, order])
+        _task(f"permutation {t + 1}", images, partial(_permute, order=order))
         for t, order in enumerate(orders)
     ]
 
@@ -91,7 +92,7 @@ def rotated_digits(tasks: int, seed: int) -> tuple[Task, list[Task]]:
     images = _digits(seed)
     angles = [180 * (t + 1) / tasks for t in range(tasks)]
     return _task("upright", images), [
-        _task(f"{angle:g}°", images, lambda x, angle=angle: _rotate(x, angle)) for angle in angles
+        _task(f"{angle:g}°", images, partial(_rotate, angle=angle)) for angle in angles
     ]
 
 
@@ -112,7 +113,7 @@ def digit_worlds(tasks: int, seed: int) -> tuple[Task, list[Task]]:
         _task("sideways", digits, _quarter),
         _task("inverted", digits, torch.neg),
         _task("MNIST inverted", mnist, torch.neg),
-        _task("MNIST permuted", mnist, lambda x: x.flatten(1)[:, order]),
+        _task("MNIST permuted", mnist, partial(_permute, order=order)),
     ]
     return _task("upright", digits), worlds[:tasks]
 
@@ -142,8 +143,12 @@ def _quarter(x: Tensor) -> Tensor:
     return x.rot90(1, (1, 2))
 
 
+def _permute(x: Tensor, order: Tensor) -> Tensor:
+    return x.flatten(1)[:, order]
+
+
 def _rotate(x: Tensor, angle: float) -> Tensor:
-    """Turn (N, 8, 8) images counter-clockwise by angle degrees; corners from outside are ink-free."""
+    """Turn (N, 8, 8) images counter-clockwise by angle degrees, over a ground without ink."""
     a = math.radians(angle)
     turn = torch.tensor([[math.cos(a), -math.sin(a), 0.0], [math.sin(a), math.cos(a), 0.0]])
     grid = F.affine_grid(turn.expand(len(x), 2, 3), [len(x), 1, 8, 8], align_corners=False)
