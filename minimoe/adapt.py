@@ -41,8 +41,11 @@ def adapt(model: nn.Module, scheme: type[Adapter], targets: str, **settings: Any
     for name, linear in chosen.items():
         parent = modules[name.rpartition(".")[0]]
         setattr(parent, name.rpartition(".")[2], wrapped[id(linear)])
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # its fused path in eval() would skip adapters
+    for module in model.modules():  # torch's fused paths in eval() read weights past any wrapper
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     return model
 
 

@@ -94,14 +94,21 @@ def run_compare(args: argparse.Namespace) -> int:
     schemes, seeds = list(dict.fromkeys(args.schemes or LEARNERS)), list(dict.fromkeys(args.seeds))
     if min(seeds) < 0:
         raise ValueError(f"seeds is {min(seeds)}, allowed: 0 or more")
-    print(f"writing to {out}", flush=True)
-    with tqdm(total=len(schemes) * len(seeds) * args.tasks, unit="task", leave=False) as bar:
+    bar: Any = None  # opened with the first task, when all that was asked for has been checked
 
-        def done(label: str, tasks: int) -> None:
-            bar.set_description(label)
-            bar.update(tasks)
+    def done(label: str, tasks: int) -> None:
+        nonlocal bar
+        if bar is None:
+            print(f"writing to {out}", flush=True)
+            bar = tqdm(total=len(schemes) * len(seeds) * args.tasks, unit="task", leave=False)
+        bar.set_description(label)
+        bar.update(tasks)
 
+    try:
         result = compare(out, args.stream, schemes, seeds, args.tasks, args.device, settings, done)
+    finally:
+        if bar is not None:
+            bar.close()
     from .plots import plot_compare
 
     write_atomic(out / "compare.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -199,7 +199,12 @@ def table(result: dict[str, Any]) -> str:
 def _cell(value: dict[str, float | None]) -> str:
     if value["mean"] is None:
         return "–"
-    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f"±{value['std']:.3f}")
+    return _short(value["mean"]) + ("" if value["std"] is None else f"±{_short(value['std'])}")
+
+
+def _short(value: float) -> str:
+    """.947, -.014, 1.000"""
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
 
 
 LEGEND = """\

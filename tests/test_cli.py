@@ -1,0 +1,171 @@
+"""The command as a user has it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minimoe.files import read_tensors
+
+SMALL = ["--tasks", "3", "--epochs", "2", "--rank", "4"]
+
+
+def minimoe(*args, cwd, **kwargs):
+    command = [sys.executable, "-W", "error", "-m", "minimoe", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **kwargs)
+
+
+def result(folder):
+    """compare.json without its timings."""
+    found = json.loads((folder / "compare.json").read_text())
+    for scheme in found["schemes"].values():
+        del scheme["seconds"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Every scheme, two seeds, in the folder that the command names by itself."""
+    folder = tmp_path_factory.mktemp("small")
+    done = minimoe("compare", *SMALL, "--seeds", 0, 1, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_compare_prints_a_table_and_writes_json_and_picture(small):
+    folder, done = small
+    found = json.loads((folder / "minimoe-compare" / "compare.json").read_text())
+    assert list(found) == ["stream", "device", "torch", "seeds", "settings", "schemes"]
+    assert (found["stream"], found["device"], found["seeds"]) == ("permuted-digits", "cpu", [0, 1])
+    assert list(found["schemes"])[:3] == ["lora", "lora_moe", "mora"]
+    baselines = {"zero_shot", "class_mean", "head_only", "lora_grown", "joint", "oracle"}
+    assert set(found["schemes"]) == {"lora", "lora_moe", "mora"} | baselines
+    for name, scheme in found["schemes"].items():
+        assert len(scheme["matrix"]) == 2 and len(scheme["matrix"][0]) == 4
+        last = [sum(matrix[-1]) / 3 for matrix in scheme["matrix"]]
+        assert abs(scheme["acc"]["mean"] - sum(last) / 2) < 1e-12
+        assert abs(scheme["acc"]["std"] - abs(last[0] - last[1]) / 2**0.5) < 1e-12
+        assert scheme["last"] == scheme["acc"]
+        for measure in ("bwt", "forgetting", "fwt", "transfer", "average"):
+            assert (scheme[measure]["mean"] is None) == (name == "joint")
+        assert f"\n{name} " in done.stdout
+        assert f"{scheme['trainable']:,}" in done.stdout
+    assert found["schemes"]["mora"]["stored"] == 3 * found["schemes"]["mora"]["trainable"]
+    picture = folder / "minimoe-compare" / "compare.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+    assert str(picture.relative_to(folder)) in done.stdout
+    assert "task" in done.stderr  # the progress bar
+
+
+def test_a_second_run_takes_a_new_folder_and_resume_the_latest(small):
+    folder, _ = small
+    args = ["compare", "--schemes", "zero_shot", *SMALL]
+    assert "writing to minimoe-compare-2" in minimoe(*args, cwd=folder).stdout
+    again = minimoe(*args, "--resume", cwd=folder)
+    assert "writing to minimoe-compare-2" in again.stdout
+    assert not (folder / "minimoe-compare-3").exists()
+
+
+def test_resume_adds_seeds_to_a_finished_run(small, tmp_path):
+    args = ["compare", "--schemes", "lora", "mora", *SMALL, "--out", tmp_path / "run"]
+    assert minimoe(*args, cwd=tmp_path).returncode == 0
+    assert minimoe(*args, "--seeds", 0, 1, "--resume", cwd=tmp_path).returncode == 0
+    mine, whole = result(tmp_path / "run"), result(small[0] / "minimoe-compare")
+    assert mine["schemes"] == {name: whole["schemes"][name] for name in ("lora", "mora")}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
+    args = ["compare", "--schemes", "lora_moe", "mora", "--tasks", 3, "--epochs", 12]
+    assert minimoe(*args, "--out", "whole", cwd=tmp_path).returncode == 0
+    killed = tmp_path / "killed"
+    watched = killed / "checkpoints" / "mora-seed0.safetensors"
+    # once as soon as a task's checkpoint is there (between tasks), once well into the next task
+    for learned, wait in ((1, 0.0), (2, 0.2)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minimoe", *map(str, args), "--out", killed, "--resume"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None:
+            if watched.exists() and read_tensors(watched)[1]["learned"] >= learned:
+                break
+            time.sleep(0.005)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (killed / "compare.json").exists()
+    assert minimoe(*args, "--out", killed, "--resume", cwd=tmp_path).returncode == 0
+    assert result(killed) == result(tmp_path / "whole")
+    assert (killed / "compare.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--schemes", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora"),
+        (["--stream", "digits"], "stream is 'digits', allowed: permuted-digits"),
+        (["--device", "gpu"], "device is 'gpu', allowed here: cpu"),
+        (["--device", "cuda:99"], "device is 'cuda:99', allowed here: cpu"),
+        (["--top-k", "0"], "top_k is 0, allowed: 1 or more"),
+        (["--top-k", "-2"], "top_k is -2, allowed: 1 or more"),
+        (["--rank", "65"], "rank is 65, allowed for this layer: 1 to 64"),
+        (["--tau", "0"], "tau is 0.0, allowed: above 0"),
+        (["--tau", "-1"], "tau is -1.0, allowed: above 0"),
+        (["--tau", "warm"], "argument --tau: invalid float value: 'warm'"),
+        (["--tasks", "0"], "tasks is 0, allowed for permuted-digits"),
+        (["--stream", "split-digits", "--tasks", "6"], "tasks is 6, allowed for split-digits"),
+        (["--epochs", "0"], "epochs is 0, allowed: 1 or more"),
+        (["--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
+        (["--out", "file/run"], "Not a directory"),
+        (["--wat"], "unrecognized arguments: --wat"),
+    ],
+)
+def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(args, message, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = minimoe("compare", *args, cwd=tmp_path)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()
+    assert len(line) == 1 and line[0].startswith("minimoe") and message in line[0], done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_with_another(small):
+    folder, _ = small
+    run = folder / "minimoe-compare"
+    checkpoint = run / "checkpoints" / "mora-seed0.safetensors"
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    def refused(*args):
+        done = minimoe("compare", *SMALL, "--out", run, *args, cwd=folder)
+        assert done.returncode == 2
+        return done.stderr.splitlines()[-1]
+
+    assert "holds a run already: --resume goes on" in refused()
+    another = refused("--resume", "--tau", "0.3")
+    assert "seed0.safetensors: a checkpoint of another run (tau 0.1 there, 0.3 here)" in another
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    checkpoint.write_bytes(before[checkpoint][:1000])
+    assert "mora-seed0.safetensors: truncated, or no safetensors file" in refused("--resume")
+    assert checkpoint.read_bytes() == before[checkpoint][:1000]
+    checkpoint.write_bytes(before[checkpoint])
+
+
+def test_a_diverging_run_is_named_and_fails_with_status_1(tmp_path):
+    args = ["--schemes", "mora", "--tau", "1e-44", *SMALL, "--out", "run"]
+    done = minimoe("compare", *args, cwd=tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "mora, seed 0, task 1 (permutation 1), step 1: the loss is nan" in last
+
+
+def test_list_names_all_that_compare_takes(small):
+    listed = minimoe("list", cwd=small[0]).stdout
+    for name in [*result(small[0] / "minimoe-compare")["schemes"], "digit-worlds", "split-digits"]:
+        assert f"\n  {name} " in listed
