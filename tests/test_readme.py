@@ -1,0 +1,85 @@
+"""What README says is what the files and the code say."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from minimoe.compare import LEARNERS, TOY, table
+from minimoe.streams import STREAMS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "tutorials" / "results"
+
+
+def fences(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def stored(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_is_the_stored_results():
+    assert fences("text")[0] == table(stored("compare")) + "\n"
+
+
+@pytest.mark.parametrize("name", ["compare", *STREAMS])
+def test_stored_results_are_of_the_settings_and_learners_of_today(name):
+    result = stored(name)
+    assert list(result["schemes"]) == list(LEARNERS)
+    assert {key: result["settings"][key] for key in TOY} == TOY
+    assert result["stream"] == ("permuted-digits" if name == "compare" else name)
+    assert result["seeds"] == ([0] if name == "compare" else [0, 1, 2])
+
+
+def test_the_streams_table_is_the_stored_results():
+    lines = re.findall(r"^\| (.*) \|$", README, re.M)
+    head = next(line for line in lines if line.startswith("final ACC")).split(" | ")[1:]
+    assert head == list(STREAMS)
+    found = {cells[0]: cells[1:] for cells in (line.split(" | ") for line in lines)}
+    for name in LEARNERS:
+        for stream, cell in zip(head, found[name], strict=True):
+            acc = stored(stream)["schemes"][name]["acc"]
+            mean, std = (float(part) for part in cell.split(" ± "))
+            assert abs(mean - acc["mean"]) <= 0.0005 and abs(std - acc["std"]) <= 0.0005
+
+
+def test_what_readme_concludes_from_the_numbers():
+    def acc(stream, name):
+        return stored(stream)["schemes"][name]["acc"]
+
+    def mean(stream, name, measure="acc"):
+        return stored(stream)["schemes"][name][measure]["mean"]
+
+    forgotten = {stream: mean(stream, "mora", "forgetting") for stream in STREAMS}
+    assert forgotten["rotated-digits"] > 10 * forgotten["permuted-digits"]
+    mora, moe = acc("digit-worlds", "mora"), acc("digit-worlds", "lora_moe")
+    assert abs(mora["mean"] - moe["mean"]) < mora["std"]
+    best = max(mean("split-digits", name) for name in ("lora", "lora_moe", "mora"))
+    assert best < 0.3 < 0.7 < mean("split-digits", "class_mean")
+
+
+def test_the_python_example_runs_and_prints_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = fences("python")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), {})
+    assert printed.getvalue() == re.search(r"^print\(.*\)  # (.*)$", example, re.M)[1] + "\n"
+    assert (tmp_path / "adapters.safetensors").exists()
+
+
+def test_the_file_tree_is_the_folder():
+    tree = fences("text")[-1]
+    named = set(re.findall(r"^  (\w+\.py) ", tree, re.M))
+    there = {path.name for path in (ROOT / "minimoe").glob("*.py")}
+    assert named == there - {"__init__.py", "__main__.py"}
+    for path in re.findall(
+        r"`((?:minimoe|tests|tutorials)/[\w./]+)`|\]\((tutorials/\S+)\)", README
+    ):
+        assert (ROOT / "".join(path)).exists()
