@@ -116,7 +116,9 @@ class Adapter(nn.Module):
         z = self.project(x, "A")  # (..., R)
         idx, g = self.gate(x, z)
         v = g * (z if idx is None else z.gather(-1, idx))  # (..., K)
-        return self.base(x) + self.scale * rank_sparse(v, idx, self.frozen_B, self.B, self.path)
+        update = rank_sparse(v, idx, self.frozen_B, self.B, self.path)  # (..., O)
+        y = self.base(x)
+        return y + self.scale * update.to(y.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """A grown layer's state loads into a fresh one: frozen rows take the size that comes."""

@@ -14,8 +14,9 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router; here R = E·r, K = k·r.
 
 Life: one task trains one new expert and one new router row; all older ones are frozen. On
-permuted-digits that did better than training the old rows on, and small random rows better
-than zero ones; top-2, top-3 and all experts came out alike, top-1 cannot learn to route.
+permuted-digits that did better than training the old rows on, and small random rows no worse
+than zero ones; top-2, top-3 and all experts came out alike. At top-1 the one weight is always
+1, so the router gets no gradient.
 
 Balance (off by default), as Switch Transformers (Fedus et al., arXiv 2101.03961, eq. 4-6):
 

@@ -63,7 +63,8 @@ class MoRA(Adapter):
         self.top_k, self.tau, self.delta, self.detach_gate = top_k, tau, delta, detach_gate
 
     def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
-        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(1e-12)
+        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        norm = norm.clamp_min(torch.finfo(z.dtype).tiny)  # where z = 0, s = 0
         top, idx = z.topk(min(self.top_k, z.shape[-1]))  # (..., k); z and s rank alike
         s = top / norm
         w = (s / self.tau).softmax(-1)

@@ -61,6 +61,7 @@ def rank_sparse(
 def _gather(v: Tensor, idx: Tensor, frozen: Tensor, live: Tensor) -> Tensor:
     """The gather path on (T, K): one embedding bag, whose own backward gives the gradient to v."""
     B = torch.cat([frozen, live.detach()])
+    v = v.to(B.dtype)  # under autocast a gate may come in another one
     y = F.embedding_bag(idx, B, per_sample_weights=v, mode="sum")
     return _LiveGradient.apply(y, v.detach(), idx, live, len(frozen))
 
