@@ -21,6 +21,13 @@ def test_a_stream_states_its_tasks_and_keeps_test_images_out(name):
     )
 
 
+def test_a_quarter_of_every_class_is_held_out():
+    base = streams.make("permuted-digits", 1).base
+    for digit in range(10):
+        test, train = (base.y_test == digit).sum(), (base.y_train == digit).sum()
+        assert abs(test - (test + train) / 4) <= 1
+
+
 def test_permuted_digits_are_the_base_images_with_pixels_moved():
     stream = streams.make("permuted-digits", 2)
     a, b = (task.x_train for task in stream.tasks)
