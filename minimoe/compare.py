@@ -21,8 +21,8 @@ from .mora import MoRA
 # The toy streams' own settings. The schemes' defaults are their papers', for transformers of
 # width 768 with 16 ranks a task; a layer here is at most 128 wide and learns 5 tasks of 8 ranks.
 # - rank 8, epochs 20: enough for one LoRA a task to learn its task (see the oracle's row).
-# - tau .1: among 40 ranks the kept scores lie about .1 apart; at the paper's .01 the softmax
-#   picks one rank and the rest get no gradient.
+# - tau .1: among 40 ranks a score is about 1/sqrt(40) = .16 large; the softmax then weighs several
+#   ranks, where at the paper's .01 it all but picks one, and learns less.
 # - top_k 8: one task's worth of ranks. For lora_moe, whose experts are whole LoRAs, 3: the best
 #   of 1, 2, 3 and all on permuted-digits, with 2 and all within the spread.
 # - delta .2: the paper's.
@@ -191,9 +191,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
+    return "\n".join([title(result), "", lines[0], "-" * len(lines[0]), *lines[1:], "", LEGEND])
+
+
+def title(result: dict[str, Any]) -> str:
+    """What was run, in a line."""
     seeds = ", ".join(map(str, result["seeds"]))
-    title = f"{result['stream']}, {result['settings']['tasks']} tasks, seeds {seeds}"
-    return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", LEGEND])
+    tasks = result["settings"]["tasks"]
+    return f"{result['stream']}, {tasks} task{'s'[: tasks > 1]}, seed{'s'[: ',' in seeds]} {seeds}"
 
 
 def _cell(value: dict[str, float | None]) -> str:

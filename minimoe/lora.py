@@ -81,9 +81,10 @@ class Adapter(nn.Module):
     def fresh(self) -> dict[str, Tensor]:
         """The rows that one task adds: keys kaiming_uniform(a=sqrt 5), values zero, so that a
         fresh layer is the base layer, bit for bit."""
-        W0 = self.base.weight  # (O, D)
-        A = nn.init.kaiming_uniform_(torch.empty_like(W0[:1]).repeat(self.rank, 1), a=math.sqrt(5))
-        return {"A": A, "B": W0.new_zeros(self.rank, len(W0))}
+        W0 = self.base.weight
+        O, D = W0.shape
+        A = nn.init.kaiming_uniform_(W0.new_empty(self.rank, D), a=math.sqrt(5))
+        return {"A": A, "B": W0.new_zeros(self.rank, O)}
 
     def grow(self) -> None:
         """A task ends: freeze every live row and add fresh ones.

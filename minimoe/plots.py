@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from .compare import title
 from .files import write_atomic
 
 # Okabe and Ito's colours, told apart by readers with any colour vision.
@@ -37,8 +38,7 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
     right.colorbar(shade, ax=list(grid), label="accuracy", shrink=0.7)
     right.supxlabel("accuracy on task", fontsize=10)
     right.supylabel("after learning task (0: none)", fontsize=10)
-    seeds = ", ".join(map(str, result["seeds"]))
-    figure.suptitle(f"{result['stream']}, seeds {seeds}")
+    figure.suptitle(title(result))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomic(path, buffer.getvalue())

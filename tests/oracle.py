@@ -31,8 +31,8 @@ def lora_moe(x, W0, b, A, B, W, scale, top_k):
     return y
 
 
-def mora(x, W0, b, A, B, scale, top_k, tau, delta=None, weights=None):
-    """Lu et al., 2506.21035, eq. 5-8; delta None in training. `weights`, a list to take w."""
+def mora(x, W0, b, A, B, scale, top_k, tau, delta=None):
+    """Lu et al., 2506.21035, eq. 5-8; delta None in training."""
     y, R = base(x, W0, b), len(A)
     for t in range(len(x)):
         z = [x[t] @ A[i] for i in range(R)]
@@ -45,8 +45,6 @@ def mora(x, W0, b, A, B, scale, top_k, tau, delta=None, weights=None):
             w = math.exp((s[i] - highest) / tau) / total  # eq. 7
             if delta is not None and s[i] < delta:  # eq. 8
                 w = 0.0
-            if weights is not None:
-                weights.append((t, i, w))
             y[t] += scale * w * z[i] * B[i]
     return y
 
