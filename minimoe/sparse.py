@@ -5,8 +5,8 @@
 Row t of the (T, R) matrix H has K non-zeros, v[t, k] at rank idx[t, k]; then y = H B. Two paths
 compute the same sum, and every gate that keeps K of R ranks goes through one of them:
 
-    dense    scatter v into H, then one GEMM: 2·T·R·O multiply-adds, whatever K is. The reference.
-    gather   read the K chosen rows of B for each token: 2·T·K·O multiply-adds, but no GEMM.
+    dense    scatter v into H, then one GEMM: T·R·O multiply-adds, whatever K is. The reference.
+    gather   read the K chosen rows of B for each token: T·K·O multiply-adds, but no GEMM.
 
 Axes: T tokens (any leading shape), O out, R ranks in all, K kept; F frozen ranks come first in
 B, r live ones last. Frozen values are constants: neither path computes a gradient for them, so
@@ -14,14 +14,14 @@ a task's weight gradients cost the same after 100 tasks as after 1.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 PATHS = ("auto", "dense", "gather")
 
-# `auto` gathers once R/K reaches this many ranks per kept one. CPU: measured at T 4096, O 768,
-# K 16, fp32, 2 threads. CUDA: arithmetic for an H100 only, nobody has measured it.
-CROSSOVER = {"cpu": {"forward": 2, "training": 8}, "cuda": {"forward": 128, "training": 128}}
+# `auto` gathers once there are this many ranks per kept one, R/K. CPU: measured at T 4096, O 768,
+# K 8 to 32, fp32, 2 threads, 16 live ranks. CUDA: arithmetic for an H100, nobody has measured it.
+CROSSOVER = {"cpu": {"forward": 1, "training": 4}, "cuda": {"forward": 128, "training": 128}}
 
 
 def rank_sparse(
@@ -39,7 +39,7 @@ def rank_sparse(
 
     Returns: (..., O). Raises ValueError on an unknown path or shapes that do not fit.
     """
-    R, K = len(frozen) + len(live), v.shape[-1]
+    F, R, K = len(frozen), len(frozen) + len(live), v.shape[-1]
     if path not in PATHS:
         raise ValueError(f"path is {path!r}, allowed: {', '.join(PATHS)}")
     if idx is None and K != R:
@@ -47,52 +47,48 @@ def rank_sparse(
     if idx is not None and idx.shape != v.shape:
         raise ValueError(f"idx {tuple(idx.shape)} and v {tuple(v.shape)} differ in shape")
     if path == "auto":
-        grows = torch.is_grad_enabled() and (v.requires_grad or live.requires_grad)
-        least = CROSSOVER["cuda" if v.is_cuda else "cpu"]["training" if grows else "forward"]
+        training = torch.is_grad_enabled() and (v.requires_grad or live.requires_grad)
+        least = CROSSOVER["cuda" if v.is_cuda else "cpu"]["training" if training else "forward"]
         path = "gather" if idx is not None and least * K <= R else "dense"
-    if path == "gather" and idx is not None:
-        y = _gather(v.reshape(-1, K), idx.reshape(-1, K), frozen, live)
-        return y.reshape(*v.shape[:-1], live.shape[1])
-    h = v if idx is None else v.new_zeros(*v.shape[:-1], R).scatter_add(-1, idx, v)  # (..., R)
-    y = h[..., len(frozen) :] @ live
-    return y + h[..., : len(frozen)] @ frozen if len(frozen) else y
-
-
-def _gather(v: Tensor, idx: Tensor, frozen: Tensor, live: Tensor) -> Tensor:
-    """The gather path on (T, K): one embedding bag, whose own backward gives the gradient to v."""
-    B = torch.cat([frozen, live.detach()])
-    v = v.to(B.dtype)  # under autocast a gate may come in another one
-    y = F.embedding_bag(idx, B, per_sample_weights=v, mode="sum")
-    return _LiveGradient.apply(y, v.detach(), idx, live, len(frozen))
+    if idx is None:
+        return v[..., F:] @ live + v[..., :F] @ frozen if F else v @ live
+    B = torch.cat([frozen, live.detach()])  # constant here: _LiveGradient sees to live
+    flat_v, flat_idx = v.reshape(-1, K), idx.reshape(-1, K)
+    if path == "gather":
+        y = embedding_bag(flat_idx, B, per_sample_weights=flat_v.to(B.dtype), mode="sum")
+    else:
+        y = flat_v.new_zeros(len(flat_v), R).scatter_add(1, flat_idx, flat_v) @ B
+    y = _LiveGradient.apply(y, flat_v.detach(), flat_idx, live, F, path)
+    return y.reshape(*v.shape[:-1], live.shape[1])
 
 
 class _LiveGradient(torch.autograd.Function):
     """Forward, the identity on y; backward, y's gradient to the live values and to no others.
 
-    dB[i] = sum of v[t, k] · dy[t] over the pairs (t, k) with idx[t, k] = i. A stable sort by rank
-    gives each live rank one run of pairs, and one embedding bag over tokens sums every run: no
-    atomics, the same bits each time, and no work for the pairs that chose a frozen rank.
+    dB[i] = sum of v[t, k] · dy[t] over the pairs (t, k) with idx[t, k] = i. Dense: the live columns
+    of H, then one GEMM. Gather: a stable sort by rank gives each live rank one run of pairs, and
+    one embedding bag over tokens sums every run: no atomics, the same bits each time, and no work
+    for the pairs that chose a frozen rank.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, v: Tensor, idx: Tensor, live: Tensor, first: int) -> Tensor:
+    def forward(ctx, y: Tensor, v: Tensor, idx: Tensor, live: Tensor, first: int, path: str):
         ctx.save_for_backward(v, idx)
-        ctx.ranks = (first, first + len(live))
+        ctx.ranks, ctx.path = (first, first + len(live)), path
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         v, idx = ctx.saved_tensors
-        first, end = ctx.ranks
+        v, (first, end) = v.to(dy.dtype), ctx.ranks
+        if ctx.path == "dense":
+            column = (idx - first).clamp_min(-1) + 1  # 0 for every frozen rank, and then dropped
+            h = v.new_zeros(len(v), end - first + 1).scatter_add(1, column, v)[:, 1:]
+            return dy, None, None, h.T @ dy, None, None
         pairs = (idx.flatten() >= first).nonzero().squeeze(1)  # pair p is token p // K, slot p % K
         rank, order = idx.flatten()[pairs].sort(stable=True)
         pairs = pairs[order]
         runs = torch.searchsorted(rank, torch.arange(first, end, device=rank.device))
-        dB = F.embedding_bag(
-            pairs // idx.shape[1],
-            dy.contiguous(),
-            offsets=runs,
-            per_sample_weights=v.flatten()[pairs],
-            mode="sum",
-        )  # (r, O)
-        return dy, None, None, dB, None
+        tokens, weights = pairs // idx.shape[1], v.flatten()[pairs]
+        dB = embedding_bag(tokens, dy.contiguous(), runs, per_sample_weights=weights, mode="sum")
+        return dy, None, None, dB, None, None
