@@ -1,6 +1,7 @@
 """Carry a model through a stream: pretrain, learn task after task, test on all, never lose it."""
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -25,16 +26,16 @@ class Backbone(nn.Module):
     """A small network to adapt: three linear layers (64-128-128-64), and frozen class embeddings
     as the head, as CLIP's text side is.
 
-        logits = features(x) Cᵀ             C (10, 64), one embedding per class
+        logits = features(x) Cᵀ             C (classes, 64), one embedding per class
 
     Every linear layer reads LayerNorm's output, as in a transformer. That matters to a signed
     score: inputs with a common mean (plain ReLU's) excite the same ranks whatever the task.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (64, 128, 128, 64)):
+    def __init__(self, classes: int = CLASSES, widths: tuple[int, ...] = (64, 128, 128, 64)):
         super().__init__()
         self.fc1, self.fc2, self.fc3 = map(nn.Linear, widths, widths[1:])
-        self.classes = nn.Parameter(torch.randn(CLASSES, widths[-1]) / math.sqrt(widths[-1]))
+        self.classes = nn.Parameter(torch.randn(classes, widths[-1]) / math.sqrt(widths[-1]))
 
     def features(self, x: Tensor) -> Tensor:
         h = self.fc1(F.layer_norm(x, x.shape[-1:]))
@@ -80,7 +81,7 @@ def pretrain(stream: Stream, seed: int, device: torch.device | str = "cpu") -> B
     """A backbone that knows the stream's base domain, with every weight frozen."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Backbone().to(device)
+        model = Backbone(stream.classes).to(device)
     where = f"pretraining on {stream.base.name}"
     train(model, model.parameters(), stream.base.to(device), seed=seed, where=where, **PRETRAIN)
     return model.requires_grad_(False)
@@ -169,9 +170,7 @@ def carry(
     Raises ValueError on a checkpoint of another run, or no checkpoint; FloatingPointError as
     `train` does, naming scheme, task and step.
     """
-    stream = Stream(
-        stream.name, stream.shows, stream.base, tuple(task.to(device) for task in stream.tasks)
-    )
+    stream = dataclasses.replace(stream, tasks=tuple(task.to(device) for task in stream.tasks))
     T = len(stream.tasks)
     with torch.random.fork_rng():
         torch.manual_seed(task_seed(seed, 0))

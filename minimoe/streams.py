@@ -45,12 +45,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Stream:
-    """A base domain, then tasks in order; `shows` says what the stream is for."""
+    """A base domain, then tasks in order; `shows` says what the stream is for, and `classes` is the
+    size of the label space in which every answer is given, in training and at test."""
 
     name: str
     shows: str
     base: Task
     tasks: tuple[Task, ...]
+    classes: int = CLASSES
 
 
 Images = tuple[Tensor, Tensor, Tensor, Tensor]  # train (N, 8, 8) and digits, test and digits

@@ -8,6 +8,7 @@ from minimoe import streams
 def test_a_stream_states_its_tasks_and_keeps_test_images_out(name):
     stream = streams.make(name, 5, seed=3)
     assert len(stream.tasks) == 5 and stream.shows
+    assert {label for task in stream.tasks for label in task.labels} == set(range(stream.classes))
     for task in (stream.base, *stream.tasks):
         assert task.x_train.shape[1] == task.x_test.shape[1] == 64
         assert task.x_train.min() >= -1 and task.x_train.max() <= 1
