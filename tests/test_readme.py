@@ -61,6 +61,16 @@ def test_what_readme_concludes_from_the_numbers():
     assert best < 0.3 < 0.7 < mean("split-digits", "class_mean")
 
 
+def test_the_unseen_seeds_are_the_stored_result():
+    result = stored("unseen-seeds")
+    assert result["seeds"] == [3, 4, 5, 6, 7] and result["stream"] == "permuted-digits"
+    assert {key: result["settings"][key] for key in TOY} == TOY
+    for name, scheme in result["schemes"].items():
+        mean, std = re.search(rf"\b{name} (\.\d+) ± (\.\d+)", README).groups()
+        assert abs(float(mean) - scheme["acc"]["mean"]) <= 0.0005
+        assert abs(float(std) - scheme["acc"]["std"]) <= 0.0005
+
+
 def test_the_python_example_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = fences("python")
