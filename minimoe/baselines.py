@@ -20,7 +20,7 @@ class ClassMean(Learner):
     """Nearest class mean: no training; a digit's prototype is the mean of its frozen features.
 
     The mean is over all that the stream has shown of the digit so far, and over the base domain
-    until then: it neither forgets nor adapts.
+    until then. No weight is overwritten, but tasks that look different share one mean, and blur it.
     """
 
     def __init__(self, model: Backbone, stream: Stream):

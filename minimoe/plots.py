@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from .compare import title
 from .files import write_atomic
 
-# Okabe and Ito's colours, told apart by readers with any colour vision.
+# Okabe and Ito's colours, made to be told apart with any colour vision, but for two of ours at the
+# end (grey, olive); every line has a marker of its own besides.
 COLOURS = ["#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"]
 COLOURS += ["#B8A900"]
 MARKERS = "osD^v<>XP"
