@@ -13,6 +13,7 @@ from torch import Tensor
 from .adapt import adapters, parameters
 from .learn import Adapted, Backbone, Learner
 from .lora import LoRA
+from .sparse import rank_scores
 from .streams import Stream, Task
 
 
@@ -103,10 +104,12 @@ class ToldLoRA(LoRA):
 
     told: int = 0
 
-    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
         first = min(self.told * self.rank, self.ranks - self.rank)
         idx = torch.arange(first, first + self.rank, device=x.device)
-        return idx.expand(*x.shape[:-1], -1), float(self.told * self.rank < self.ranks)
+        idx = idx.expand(*x.shape[:-1], -1)
+        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
+        return idx, float(self.told * self.rank < self.ranks), z
 
     def active(self) -> int:
         return self.rank * (self.base.in_features + self.base.out_features)

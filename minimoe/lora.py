@@ -104,9 +104,9 @@ class Adapter(nn.Module):
         frozen, live = getattr(self, f"frozen_{name}"), getattr(self, name)
         return torch.cat([F.linear(x, frozen), F.linear(x, live)], dim=-1)
 
-    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
-        """(idx, g): the kept ranks (..., K) and their weights (..., K), from x (..., D) and
-        z (..., R). idx None keeps all ranks, in order."""
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+        """(idx, g, z) for x (..., D): the kept ranks, their weights, and what they see, x Aᵀ at
+        idx; each (..., K). idx None keeps all ranks, in order."""
         raise NotImplementedError
 
     def active(self) -> int:
@@ -114,12 +114,10 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.project(x, "A")  # (..., R)
-        idx, g = self.gate(x, z)
-        v = g * (z if idx is None else z.gather(-1, idx))  # (..., K)
-        update = rank_sparse(v, idx, self.frozen_B, self.B, self.path)  # (..., O)
+        idx, g, z = self.gate(x)  # (..., K) each
         y = self.base(x)
-        return y + self.scale * update.to(y.dtype)
+        update = rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
+        return update.to(y.dtype).add_(y)  # in place: one array of (..., O) less
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """A grown layer's state loads into a fresh one: frozen rows take the size that comes."""
@@ -146,8 +144,8 @@ class LoRA(Adapter):
         self.unmerged: Tensor | None
         self.register_buffer("unmerged", None, persistent=False)  # W0 while merged
 
-    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
-        return None, 1.0
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+        return None, 1.0, self.project(x, "A")
 
     def active(self) -> int:
         return self.ranks * (self.base.in_features + self.base.out_features)

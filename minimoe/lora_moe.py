@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import Adapter
+from .sparse import rank_scores
 
 
 class LoRAMoE(Adapter):
@@ -68,7 +69,7 @@ class LoRAMoE(Adapter):
         super().__init__(base, rank, scale)
         self.top_k, self.balance = top_k, balance
 
-    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
         logits = self.project(x, "router")  # (..., E)
         top, expert = logits.topk(min(self.top_k, logits.shape[-1]))  # (..., k)
         w = top.softmax(-1)
@@ -76,7 +77,8 @@ class LoRAMoE(Adapter):
             self.aux = self.balance * switch_balance(logits, expert)
         ranks = torch.arange(self.rank, device=x.device)
         idx = (expert.unsqueeze(-1) * self.rank + ranks).flatten(-2)  # (..., k·r)
-        return idx, w.repeat_interleave(self.rank, -1)
+        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
+        return idx, w.repeat_interleave(self.rank, -1), z
 
     def active(self) -> int:
         D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.rank

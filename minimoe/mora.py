@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import Adapter
+from .sparse import top_scores
 
 
 class MoRA(Adapter):
@@ -62,15 +63,17 @@ class MoRA(Adapter):
         super().__init__(base, rank, scale)
         self.top_k, self.tau, self.delta, self.detach_gate = top_k, tau, delta, detach_gate
 
-    def gate(self, x: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | float]:
-        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-        norm = norm.clamp_min(torch.finfo(z.dtype).tiny)  # where z = 0, s = 0
-        top, idx = z.topk(min(self.top_k, z.shape[-1]))  # (..., k); z and s rank alike
-        s = top / norm
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+        # the largest z are the largest s, so only they and the norm are needed
+        k = min(self.top_k, self.ranks)
+        z, idx, norm = top_scores(  # (..., k)
+            x, self.frozen_A, self.A, k, self.path, detach=self.detach_gate
+        )
+        s = z / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # where z = 0, s = 0
         w = (s / self.tau).softmax(-1)
         if not self.training:
             w = w * (s >= self.delta)
-        return idx, w.detach() if self.detach_gate else w
+        return idx, w.detach() if self.detach_gate else w, z
 
     def active(self) -> int:
         D, O = self.base.in_features, self.base.out_features

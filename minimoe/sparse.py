@@ -2,93 +2,357 @@
 
     y[t] = sum_k  v[t, k] · B[idx[t, k]]          (T, O)
 
-Row t of the (T, R) matrix H has K non-zeros, v[t, k] at rank idx[t, k]; then y = H B. Two paths
-compute the same sum, and every gate that keeps K of R ranks goes through one of them:
+Row t of the (T, R) matrix H has K non-zeros, v[t, k] at rank idx[t, k]; then y = H B. A masked
+dense layer stores H. Three products do without it, and serve every pass: each one's gradients are
+the other two.
+
+    spmm     y = H B            y[t] = sum_k v[t, k] · B[idx[t, k]]                      (T, O)
+    sddmm    s = g Bᵀ at idx    s[t, k] = g[t] · B[idx[t, k]]                            (T, K)
+    spmm_t   d = Hᵀ g           d[i] = sum of v[t, k] · g[t] over all idx[t, k] = i      (R, O)
+
+Each can be computed in four ways: the same sums in another order.
 
     dense    scatter v into H, then one GEMM: T·R·O multiply-adds, whatever K is. The reference.
     gather   read the K chosen rows of B for each token: T·K·O multiply-adds, but no GEMM.
+    triton   the same in our own kernels, for a GPU (kernels.py).
+    compact  dense over only those ranks that some token chose.
 
-Axes: T tokens (any leading shape), O out, R ranks in all, K kept; F frozen ranks come first in
-B, r live ones last. Frozen values are constants: neither path computes a gradient for them, so
-a task's weight gradients cost the same after 100 tasks as after 1.
+Axes: T tokens (any leading shape), D in, O out, R ranks in all, K kept; F frozen rows come first,
+r live ones last, R = F + r. Frozen rows are constants: nothing here computes a gradient for them,
+so a task's weight gradients cost the same after 100 tasks as after 1.
 """
+
+import importlib.util
+import os
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-PATHS = ("auto", "dense", "gather")
+PATHS = ("auto", "dense", "gather", "compact", "triton")
 
-# `auto` gathers once there are this many ranks per kept one, R/K. CPU: measured at T 4096, O 768,
-# K 8 to 32, fp32, 2 threads, 16 live ranks. CUDA: arithmetic for an H100, nobody has measured it.
-CROSSOVER = {"cpu": {"forward": 1, "training": 4}, "cuda": {"forward": 128, "training": 128}}
+# `auto` leaves dense once there are this many rows per kept rank: R/K, and for spmm_t, which is
+# asked for live rows only, r/K. CPU: measured at T 4096, O 768, K 8 to 32, fp32, 2 threads.
+# CUDA: arithmetic for an H100 (T 4096, O 1024, bf16); nobody has measured it.
+CROSSOVER = {
+    "cpu": {"spmm": 2, "sddmm": 5, "spmm_t": 5},
+    "cuda": {"spmm": 128, "sddmm": 128, "spmm_t": 128},
+}
 
 
 def rank_sparse(
-    v: Tensor, idx: Tensor | None, frozen: Tensor, live: Tensor, path: str = "auto"
+    v: Tensor,
+    idx: Tensor | None,
+    frozen: Tensor,
+    live: Tensor,
+    path: str = "auto",
+    check: bool | None = None,
 ) -> Tensor:
-    """y[t] = sum_k v[t, k] · B[idx[t, k]], with B the rows of `frozen`, then those of `live`.
+    """What the kept ranks say: y[t] = sum_k v[t, k] · B[idx[t, k]], B being frozen, then live.
 
     Args:
         v: (..., K) what each kept rank says: its gate times its raw activation.
-        idx: (..., K) int64, the kept ranks in [0, R). None: all R ranks in order (K = R).
+        idx: (..., K) int32 or int64, the kept ranks, from 0 to R - 1. None: all R, in order.
             A rank named twice counts twice; one that is to say nothing keeps its index and v = 0.
-        frozen: (F, O) values of finished tasks; they get no gradient. F may be 0.
-        live: (r, O) values in training; R = F + r.
-        path: "dense", "gather", or "auto" (the faster of the two by `CROSSOVER`).
+        frozen: (F, O) rows of finished tasks; they get no gradient. F may be 0.
+        live: (r, O) rows in training.
+        path: "dense", "gather", "compact", "triton", or "auto", which lets each product choose
+            by `CROSSOVER`.
+        check: look at every index first. By default so on a CPU; on a GPU the look waits for the
+            device, and without it torch's kernels stop at an index out of range (Triton's read
+            nothing there).
 
-    Returns: (..., O). Raises ValueError on an unknown path or shapes that do not fit.
+    Returns: (..., O). All is computed in live's dtype, or autocast's, with sums kept in float32
+    (float64 for float64). Twice differentiable. The same input gives the same bits; the one
+    exception is "dense" on CUDA where one token names one rank three times or more.
+    Raises ValueError, before any kernel runs, if a shape, device, dtype, path or index does not
+    fit the others.
     """
-    F, R, K = len(frozen), len(frozen) + len(live), v.shape[-1]
-    if path not in PATHS:
-        raise ValueError(f"path is {path!r}, allowed: {', '.join(PATHS)}")
-    if idx is None and K != R:
-        raise ValueError(f"v has {K} ranks and no idx, but there are {R} values")
-    if idx is not None and idx.shape != v.shape:
-        raise ValueError(f"idx {tuple(idx.shape)} and v {tuple(v.shape)} differ in shape")
-    if path == "auto":
-        training = torch.is_grad_enabled() and (v.requires_grad or live.requires_grad)
-        least = CROSSOVER["cuda" if v.is_cuda else "cpu"]["training" if training else "forward"]
-        path = "gather" if idx is not None and least * K <= R else "dense"
+    K = v.shape[-1]
+    _check(frozen, live, path, v=v, idx=idx)
     if idx is None:
+        if len(frozen) + len(live) != K:
+            raise ValueError(f"v has {K} ranks, no idx, and there are {len(frozen) + len(live)}")
+        v, frozen, live = _cast(live, v, frozen, live)
+        F = len(frozen)
         return v[..., F:] @ live + v[..., :F] @ frozen if F else v @ live
-    B = torch.cat([frozen, live.detach()])  # constant here: _LiveGradient sees to live
-    flat_v, flat_idx = v.reshape(-1, K), idx.reshape(-1, K)
-    if path == "gather":
-        y = embedding_bag(flat_idx, B, per_sample_weights=flat_v.to(B.dtype), mode="sum")
-    else:
-        y = flat_v.new_zeros(len(flat_v), R).scatter_add(1, flat_idx, flat_v) @ B
-    y = _LiveGradient.apply(y, flat_v.detach(), flat_idx, live, F, path)
+    if idx.shape != v.shape:
+        raise ValueError(f"idx {tuple(idx.shape)} and v {tuple(v.shape)} differ in shape")
+    idx = _ranks(idx, len(frozen) + len(live), check)
+    v, frozen, live = _cast(live, v, frozen, live)
+    y = spmm(idx.reshape(-1, K), v.reshape(-1, K), frozen, live, path)
     return y.reshape(*v.shape[:-1], live.shape[1])
 
 
-class _LiveGradient(torch.autograd.Function):
-    """Forward, the identity on y; backward, y's gradient to the live values and to no others.
+def rank_scores(
+    x: Tensor,
+    idx: Tensor,
+    frozen: Tensor,
+    live: Tensor,
+    path: str = "auto",
+    check: bool | None = None,
+) -> Tensor:
+    """What the kept ranks see: z[t, k] = x[t] · A[idx[t, k]], A being frozen, then live.
 
-    dB[i] = sum of v[t, k] · dy[t] over the pairs (t, k) with idx[t, k] = i. Dense: the live columns
-    of H, then one GEMM. Gather: a stable sort by rank gives each live rank one run of pairs, and
-    one embedding bag over tokens sums every run: no atomics, the same bits each time, and no work
-    for the pairs that chose a frozen rank.
+    x (..., D), idx (..., K), frozen (F, D), live (r, D); returns (..., K). The rest is as in
+    `rank_sparse`.
     """
+    _check(frozen, live, path, x=x, idx=idx)
+    if x.shape[-1] != live.shape[1]:
+        raise ValueError(f"x is {x.shape[-1]} wide, allowed: {live.shape[1]}, as the rows are")
+    if idx.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"idx {tuple(idx.shape)} and x {tuple(x.shape)} differ in tokens")
+    idx = _ranks(idx, len(frozen) + len(live), check)
+    x, frozen, live = _cast(live, x, frozen, live)
+    flat = idx.reshape(-1, idx.shape[-1])
+    return sddmm(flat, x.reshape(-1, x.shape[-1]), frozen, live, path).reshape(idx.shape)
+
+
+def top_scores(
+    x: Tensor, frozen: Tensor, live: Tensor, k: int, path: str = "auto", detach: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What all ranks see, z = x Aᵀ, as far as a self-scoring gate needs it: the k largest, and ‖z‖.
+
+    The forward pass is one GEMM over all ranks: the norm needs every z. The backward need not be.
+    With c = (dloss/d‖z‖) / ‖z‖, one number per token,
+
+        dx = spmm(idx, dtop, A) + c · z A            z A = x (Aᵀ A): (D, D), however many ranks
+        dA = spmm_t(idx, dtop, x) + (c · z)ᵀ x       for the live ranks only
+
+    so the exact gradient costs T·R·D or (T + R)·D·D, whichever is less, and in the second case z
+    is not kept. With `detach` the norm has no gradient, and the backward reads only chosen ranks.
+
+    x (..., D), frozen (F, D), live (r, D), 1 <= k <= R. Returns top (..., k) in descending order,
+    idx (..., k) int64, and norm (..., 1) in float32 (float64 for float64). Differentiable once.
+    Raises as `rank_sparse` does.
+    """
+    _check(frozen, live, path, x=x)
+    if x.shape[-1] != live.shape[1]:
+        raise ValueError(f"x is {x.shape[-1]} wide, allowed: {live.shape[1]}, as the rows are")
+    if not 1 <= k <= len(frozen) + len(live):
+        raise ValueError(f"k is {k}, allowed: 1 to {len(frozen) + len(live)}")
+    x, frozen, live = _cast(live, x, frozen, live)
+    out = _TopScores.apply(x.reshape(-1, x.shape[-1]), frozen, live, k, path, detach)
+    top, idx, norm = (t.reshape(*x.shape[:-1], t.shape[-1]) for t in out)
+    return top, idx, norm
+
+
+class _TopScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, frozen: Tensor, live: Tensor, k: int, path: str, detach: bool):
+        A = torch.cat([frozen, live])
+        (T, D), R = x.shape, len(A)
+        z = x @ A.T
+        wide = torch.promote_types(z.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=wide)
+        top, idx = z.topk(k)
+        cheaper = T * R * D <= (T + R) * D * D  # z A than x (Aᵀ A)
+        ctx.save_for_backward(x, frozen, live, idx, norm, z if cheaper and not detach else None)
+        ctx.path, ctx.detach = path, detach
+        ctx.mark_non_differentiable(*((idx, norm) if detach else (idx,)))
+        return top, idx, norm
 
     @staticmethod
-    def forward(ctx, y: Tensor, v: Tensor, idx: Tensor, live: Tensor, first: int, path: str):
-        ctx.save_for_backward(v, idx)
-        ctx.ranks, ctx.path = (first, first + len(live)), path
-        return y.view_as(y)
+    @once_differentiable
+    def backward(ctx, dtop: Tensor, _, dnorm: Tensor):
+        x, frozen, live, idx, norm, z = ctx.saved_tensors
+        A, F = torch.cat([frozen, live]), len(frozen)
+        if not ctx.detach:
+            c = (dnorm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(x.dtype)
+        dx = None
+        if z is not None:
+            dz = (c * z).scatter_add_(1, idx, dtop)
+            dx = dz @ A if ctx.needs_input_grad[0] else None
+            return dx, None, dz[:, F:].T @ x, None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = spmm(idx, dtop, frozen, live, ctx.path)
+            if not ctx.detach:
+                dx.addcmul_(c, x @ (A.T @ A))
+        dlive = spmm_t(idx, dtop, x, F, len(A), ctx.path)
+        if not ctx.detach:
+            dlive += (c * (x @ live.T)).T @ x
+        return dx, None, dlive, None, None, None
 
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        v, idx = ctx.saved_tensors
-        v, (first, end) = v.to(dy.dtype), ctx.ranks
-        if ctx.path == "dense":
-            column = (idx - first).clamp_min(-1) + 1  # 0 for every frozen rank, and then dropped
-            h = v.new_zeros(len(v), end - first + 1).scatter_add(1, column, v)[:, 1:]
-            return dy, None, None, h.T @ dy, None, None
-        pairs = (idx.flatten() >= first).nonzero().squeeze(1)  # pair p is token p // K, slot p % K
-        rank, order = idx.flatten()[pairs].sort(stable=True)
-        pairs = pairs[order]
-        runs = torch.searchsorted(rank, torch.arange(first, end, device=rank.device))
-        tokens, weights = pairs // idx.shape[1], v.flatten()[pairs]
-        dB = embedding_bag(tokens, dy.contiguous(), runs, per_sample_weights=weights, mode="sum")
-        return dy, None, None, dB, None, None
+
+# The three products as operators, so that torch.compile sees each as one node. All are flat:
+# idx (T, K) int64 in range, v (T, K), g (T, O), and rows of one dtype.
+
+
+@torch.library.custom_op("minimoe::spmm", mutates_args=())
+def spmm(idx: Tensor, v: Tensor, frozen: Tensor, live: Tensor, path: str) -> Tensor:
+    """y[t] = sum_k v[t, k] · B[idx[t, k]], (T, O)."""
+    B = torch.cat([frozen, live])
+    path = _choose(path, "spmm", len(B), idx)
+    if path == "compact":
+        used, idx = _compact(idx, len(B))
+        B, path = B[used], "dense"
+    if path == "dense":
+        return v.new_zeros(len(v), len(B)).scatter_add_(1, idx, v) @ B
+    T, K = idx.shape
+    starts = torch.arange(T, device=v.device) * K
+    if path == "triton":
+        return _kernels().bag(idx.flatten(), v.flatten(), starts, starts + K, B)
+    return _bag(idx.flatten(), v.flatten(), starts, B)
+
+
+@torch.library.custom_op("minimoe::sddmm", mutates_args=())
+def sddmm(idx: Tensor, g: Tensor, frozen: Tensor, live: Tensor, path: str) -> Tensor:
+    """s[t, k] = g[t] · B[idx[t, k]], (T, K)."""
+    B = torch.cat([frozen, live])
+    path = _choose(path, "sddmm", len(B), idx)
+    if path == "compact":
+        used, idx = _compact(idx, len(B))
+        B, path = B[used], "dense"
+    if path == "dense":
+        return (g @ B.T).gather(1, idx)
+    if path == "triton":
+        return _kernels().dots(idx, g, B)
+    # the gradient that torch's own embedding_bag gives its weights: one dot product per pair
+    T, K = idx.shape
+    pair = torch.arange(T * K, device=g.device)
+    dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    flat = idx.flatten().contiguous()
+    return dot(g.contiguous(), B, flat, pair[::K], pair // K, 0, -1).view(T, K)
+
+
+@torch.library.custom_op("minimoe::spmm_t", mutates_args=())
+def spmm_t(idx: Tensor, v: Tensor, g: Tensor, first: int, end: int, path: str) -> Tensor:
+    """d[i - first] = sum of v[t, k] · g[t] over all (t, k) with idx[t, k] = i, for the ranks i from
+    first to end - 1: (end - first, O).
+
+    Dense: those columns of H, then one GEMM. Gather and triton: a stable sort by rank gives each
+    rank one run of pairs (t, k), and every run is summed in its order: no atomics.
+    """
+    path = _choose(path, "spmm_t", end - first, idx)
+    if path == "compact":
+        used, idx = _compact(idx, end)
+        old = int((used < first).sum())
+        rows = spmm_t(idx, v, g, old, len(used), "dense")
+        return g.new_zeros(end - first, g.shape[1]).index_copy_(0, used[old:] - first, rows)
+    if path == "dense":
+        column = (idx - first).clamp_min(-1) + 1  # 0 for every rank before first, then dropped
+        h = v.new_zeros(len(v), end - first + 1).scatter_add_(1, column, v)
+        return h[:, 1:].T @ g
+    rank, pairs = idx.flatten().sort(stable=True)  # pair p is token p // K, slot p % K
+    tokens, weights = pairs // idx.shape[1], v.flatten()[pairs]
+    bounds = torch.searchsorted(rank, torch.arange(first, end + 1, device=rank.device))
+    if path == "triton":
+        return _kernels().long_bag(tokens, weights, bounds, g)
+    old = int(bounds[0])
+    return _bag(tokens[old:], weights[old:], bounds[:-1] - old, g)
+
+
+@spmm.register_fake
+def _(idx, v, frozen, live, path):
+    return v.new_empty(len(v), live.shape[1])
+
+
+@sddmm.register_fake
+def _(idx, g, frozen, live, path):
+    return g.new_empty(idx.shape)
+
+
+@spmm_t.register_fake
+def _(idx, v, g, first, end, path):
+    return g.new_empty(end - first, g.shape[1])
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)))
+    ctx.rest = [i for i in inputs if not isinstance(i, Tensor)]
+
+
+def _spmm_backward(ctx, dy: Tensor):
+    (idx, v, frozen, live), (path,) = ctx.saved_tensors, ctx.rest
+    F, R = len(frozen), len(frozen) + len(live)
+    dv = sddmm(idx, dy, frozen, live, path) if ctx.needs_input_grad[1] else None
+    dlive = spmm_t(idx, v, dy, F, R, path) if ctx.needs_input_grad[3] else None
+    return None, dv, None, dlive, None
+
+
+def _sddmm_backward(ctx, ds: Tensor):
+    (idx, g, frozen, live), (path,) = ctx.saved_tensors, ctx.rest
+    F, R = len(frozen), len(frozen) + len(live)
+    dg = spmm(idx, ds, frozen, live, path) if ctx.needs_input_grad[1] else None
+    dlive = spmm_t(idx, ds, g, F, R, path) if ctx.needs_input_grad[3] else None
+    return None, dg, None, dlive, None
+
+
+def _spmm_t_backward(ctx, d: Tensor):
+    (idx, v, g), (first, _, path) = ctx.saved_tensors, ctx.rest
+    zeros = d.new_zeros(first, d.shape[1])
+    dv = sddmm(idx, g, zeros, d, path) if ctx.needs_input_grad[1] else None
+    dg = spmm(idx, v, zeros, d, path) if ctx.needs_input_grad[2] else None
+    return None, dv, dg, None, None, None
+
+
+spmm.register_autograd(_spmm_backward, setup_context=_keep)
+sddmm.register_autograd(_sddmm_backward, setup_context=_keep)
+spmm_t.register_autograd(_spmm_t_backward, setup_context=_keep)
+
+
+def _bag(rows: Tensor, weights: Tensor, starts: Tensor, source: Tensor) -> Tensor:
+    """y[s] = sum of weights[p] · source[rows[p]] over the p from starts[s] to the next start."""
+    rows, weights, source = (tensor.contiguous() for tensor in (rows, weights, source))
+    return embedding_bag(rows, source, starts, per_sample_weights=weights, mode="sum")
+
+
+def _kernels():
+    from . import kernels
+
+    return kernels
+
+
+def _compact(idx: Tensor, R: int) -> tuple[Tensor, Tensor]:
+    """The ranks that idx names, in order (U,), and idx as places among them."""
+    seen = torch.zeros(R, dtype=torch.bool, device=idx.device)
+    seen[idx.flatten()] = True
+    return seen.nonzero().squeeze(1), (seen.cumsum(0) - 1)[idx]
+
+
+def _choose(path: str, product: str, rows: int, idx: Tensor) -> str:
+    if path != "auto":
+        return path
+    if rows < CROSSOVER["cuda" if idx.is_cuda else "cpu"][product] * idx.shape[1]:
+        return "dense"
+    return "triton" if idx.is_cuda and importlib.util.find_spec("triton") else "gather"
+
+
+def _check(frozen: Tensor, live: Tensor, path: str, **others: Tensor | None) -> None:
+    """Raise ValueError, with names, if rows, path and devices do not fit each other."""
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}, allowed: {', '.join(PATHS)}")
+    if frozen.dim() != 2 or live.dim() != 2 or frozen.shape[1] != live.shape[1]:
+        raise ValueError(
+            f"frozen {tuple(frozen.shape)} and live {tuple(live.shape)}: not rows of one width"
+        )
+    for name, tensor in {"frozen": frozen, **others}.items():
+        if tensor is not None and tensor.device != live.device:
+            raise ValueError(f"{name} is on {tensor.device}, live on {live.device}")
+    if path == "triton":
+        if not importlib.util.find_spec("triton"):
+            raise ValueError("path is 'triton', and triton is not installed")
+        if not live.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"path 'triton' is for CUDA, live is on {live.device}")
+
+
+def _ranks(idx: Tensor, R: int, check: bool | None) -> Tensor:
+    """idx as int64, looked at if check says so."""
+    if idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"idx is {idx.dtype}, allowed: torch.int32, torch.int64")
+    look = not idx.is_cuda if check is None else check
+    if look and idx.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in idx.aminmax())
+        if low < 0 or high >= R:
+            odd = low if low < 0 else high
+            raise ValueError(f"idx holds {odd}, allowed: 0 to {R - 1}, as there are {R} ranks")
+    return idx.long()
+
+
+def _cast(live: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype to compute in: live's, or autocast's as for any matrix product."""
+    kind, dtype = live.device.type, live.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return [tensor.to(dtype) for tensor in tensors]

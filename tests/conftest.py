@@ -1,5 +1,12 @@
+import os
+
 import pytest
 import torch
+
+# Without a GPU Triton's kernels run in its interpreter, which must be said before triton is
+# imported anywhere.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
 

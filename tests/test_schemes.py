@@ -2,6 +2,7 @@
 the equations imply."""
 
 import copy
+import importlib.util
 import math
 
 import numpy as np
@@ -20,6 +21,10 @@ SCHEMES = {
     "lora_moe": (LoRAMoE, {"scale": 0.7, "top_k": 2}),
     "mora": (MoRA, {"scale": 0.7, "top_k": 3, "tau": 0.3, "delta": 0.25}),
 }
+
+
+PATHS = ["dense", "gather", "compact"]
+PATHS += ["triton"] if importlib.util.find_spec("triton") else []
 
 
 def grown(scheme, D=7, O=5, rank=2, tasks=3, dtype=torch.float64, **settings):
@@ -54,7 +59,7 @@ def expected(name, layer, x, arrays):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("path", ["dense", "gather"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_output_and_every_gradient_equal_the_oracles(name, size, path, training):
@@ -120,6 +125,27 @@ def test_half_precision_and_autocast_come_near(name, dtype, path):
     # a token may choose another rank where two are within rounding: most must agree
     near = ((y.float() - wanted).norm(dim=1) / wanted.norm(dim=1)) < 0.05
     assert near.float().mean() > 0.9
+
+
+# torch's own tracer makes an instance of autograd.Function, and torch's own Function warns of it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("path", ["dense", "gather"])
+@pytest.mark.parametrize("name", [*SCHEMES, "mora detached"])
+def test_compiled_equals_eager_in_one_graph(name, path):
+    scheme, settings = SCHEMES[name.split()[0]]
+    detached = {"detach_gate": True} if "detached" in name else {}
+    layer = grown(scheme, dtype=torch.float32, **settings, **detached)
+    layer.path = path
+    x = torch.randn(3, 4, 7, requires_grad=True)
+    dy = torch.randn(3, 4, 5)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    both = []
+    for module in (layer, compiled):
+        y = module(x)
+        both.append((y, *torch.autograd.grad(y, [x, layer.A, layer.B], dy)))
+    for eager, graph in zip(*both, strict=True):
+        assert torch.allclose(eager, graph, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -261,7 +287,7 @@ class TestMoRA:
     def gate(self, layer, x=None):
         """g as a whole row (T, R)."""
         x = self.x if x is None else x
-        idx, w = layer.gate(x, layer.project(x, "A"))
+        idx, w, _ = layer.gate(x)
         return torch.zeros(len(x), layer.ranks, dtype=w.dtype).scatter(1, idx, w)
 
     def test_by_hand(self):
@@ -340,6 +366,38 @@ class TestMoRA:
         assert (detached.A.grad[~chosen] == 0).all()
         assert torch.equal(detached.B.grad, layer.B.grad)
         assert not torch.allclose(detached.A.grad[chosen], layer.A.grad[chosen])
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_a_detached_gates_gradients_are_those_of_a_constant_gate(self, path):
+        layer = grown(MoRA, top_k=3, tau=0.3, detach_gate=True)
+        layer.path = path
+        x = self.x.clone().requires_grad_()
+        dy = torch.randn(40, 5, dtype=torch.float64)
+        got = torch.autograd.grad(layer(x), [x, layer.A, layer.B], dy)
+        A, B = torch.cat([layer.frozen_A, layer.A]), torch.cat([layer.frozen_B, layer.B])
+        y = layer.base(x) + (self.gate(layer).detach() * (x @ A.T)) @ B
+        wanted = torch.autograd.grad(y, [x, layer.A, layer.B], dy)
+        for mine, theirs in zip(got, wanted, strict=True):
+            assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
+
+    def test_a_detached_gates_backward_touches_no_dense_array(self, monkeypatch):
+        """Nothing of (T, R) is made in it: that is the point of detaching."""
+        layer = grown(MoRA, rank=1, tasks=90, D=4, O=4, top_k=3, detach_gate=True)
+        layer.path = "gather"
+        y = layer(self.x[:, :4].clone().requires_grad_())
+        largest = 0
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                nonlocal largest
+                out = func(*args, **(kwargs or {}))
+                if isinstance(out, torch.Tensor):
+                    largest = max(largest, out.numel())
+                return out
+
+        with Watch():
+            y.sum().backward()
+        assert largest < 40 * 90
 
     def test_growing_moves_old_inputs_before_any_training(self):
         layer = grown(MoRA, top_k=3, tau=0.1)
