@@ -1,4 +1,4 @@
-"""The console script `minimoe`: compare, list.
+"""The console script `minimoe`: compare, bench, list.
 
 Exit status: 0 done, 1 a run that failed (a loss that is no number), 2 bad input, 130 interrupted.
 """
@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import __version__, streams
+from . import __version__, bench, streams
 from .compare import LEARNERS, TOY, compare, table
 from .files import write_atomic
 
-OUT = "minimoe-compare"
+OUT = {"compare": "minimoe-compare", "bench": "minimoe-bench"}
+OUT_HELP = "output folder, default {0}, or {0}-2, ... if that is taken"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,8 +46,25 @@ def parser() -> Parser:
     add("--tau", type=float, help=f"mora's temperature, default {TOY['tau']}")
     add("--delta", type=float, help=f"mora's threshold at test, default {TOY['delta']}")
     add("--device", default="cpu", help="default cpu; cuda, cuda:1, ...")
-    add("--out", type=Path, help=f"output folder, default {OUT}, or {OUT}-2, ... if that is taken")
+    add("--out", type=Path, help=OUT_HELP.format(OUT["compare"]))
     add("--resume", action="store_true", help="go on with the run in the output folder")
+    add = commands.add_parser("bench", help="time the sparse path beside the rest").add_argument
+    add("--device", default="cpu", help="default cpu; cuda, cuda:1, ...")
+    add("--dtype", choices=DTYPES, help="default float32, on a GPU bfloat16")
+    add("--tokens", type=int, default=4096, metavar="T", help="default %(default)s")
+    add("--width", type=int, default=768, metavar="D", help="of input and output, default 768")
+    add("--top-k", type=int, default=16, metavar="K", help="ranks kept, default %(default)s")
+    add("--ranks", nargs="+", type=int, default=[64, 256, 1024, 4096], metavar="R", help="in all")
+    add(
+        "--routing",
+        nargs="+",
+        default=list(bench.ROUTINGS),
+        metavar="NAME",
+        help=", ".join(bench.ROUTINGS),
+    )
+    add("--repeats", type=int, default=9, metavar="N", help="rounds, default %(default)s")
+    add("--threads", type=int, metavar="N", help="on the CPU; default torch's choice")
+    add("--out", type=Path, help=OUT_HELP.format(OUT["bench"]))
     commands.add_parser("list", help="what schemes, baselines and streams there are")
     return top
 
@@ -53,13 +72,14 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        return run_list() if args.command == "list" else run_compare(args)
+        return {"list": run_list, "bench": run_bench, "compare": run_compare}[args.command](args)
     except FloatingPointError as error:
         return fail(str(error), 1)
     except (ValueError, ModuleNotFoundError, OSError) as error:
         return fail(str(error), 2)
     except KeyboardInterrupt:
-        return fail("interrupted; --resume goes on from the last finished task", 130)
+        go_on = "; --resume goes on from the last finished task" * (args.command == "compare")
+        return fail(f"interrupted{go_on}", 130)
 
 
 def fail(message: str, status: int) -> int:
@@ -67,7 +87,7 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def run_list() -> int:
+def run_list(args: argparse.Namespace) -> int:
     print("schemes and baselines (--schemes)")
     for name, (what, _) in LEARNERS.items():
         print(f"  {name:16}{what}")
@@ -84,7 +104,7 @@ def run_compare(args: argparse.Namespace) -> int:
     # the same bits whatever the number of cores.
     torch.set_num_threads(1)
     device_is_here(args.device)
-    out = output_folder(args.out, args.resume)
+    out = output_folder("compare", args.out, args.resume)
     settings: dict[str, Any] = dict(TOY)
     for name in ("epochs", "rank", "tau", "delta"):
         if getattr(args, name) is not None:
@@ -118,6 +138,57 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .plots import plot_bench
+
+    device_is_here(args.device)
+    on_cpu = torch.device(args.device).type == "cpu"
+    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"threads is {args.threads}, allowed: 1 or more")
+        torch.set_num_threads(args.threads)
+    out = output_folder("bench", args.out)
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of timing
+    bar: Any = None  # opened when the first group is done, so that bad input gets its one line
+
+    def done(label: str, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            print(f"writing to {out}", flush=True)
+            bar = tqdm(total=total, unit="group", leave=False)
+        bar.set_description(label)
+        bar.update()
+
+    try:
+        result = bench.bench(
+            device=args.device,
+            dtype=getattr(torch, dtype),
+            tokens=args.tokens,
+            width=args.width,
+            top_k=args.top_k,
+            ranks=tuple(dict.fromkeys(args.ranks)),
+            routings=tuple(dict.fromkeys(args.routing)),
+            repeats=args.repeats,
+            done=done,
+        )
+    except BaseException:
+        if made:
+            out.rmdir()
+        raise
+    finally:
+        if bar is not None:
+            bar.close()
+    write_atomic(out / "bench.json", (json.dumps(result, indent=1) + "\n").encode())
+    plot_bench(result, out / "bench.png")
+    print(bench.table(result))
+    print(f"\n{out / 'bench.json'}\n{out / 'bench.png'}")
+    return 0
+
+
 def device_is_here(name: str) -> None:
     try:
         torch.empty(1, device=name)
@@ -127,14 +198,16 @@ def device_is_here(name: str) -> None:
         raise ValueError(f"device is {name!r}, allowed here: {here} ({reason})") from None
 
 
-def output_folder(given: Path | None, resume: bool) -> Path:
+def output_folder(command: str, given: Path | None, resume: bool = False) -> Path:
     """The folder to write to, not made yet. Only --resume may write to one that holds a run."""
-    names = (Path(OUT if n == 1 else f"{OUT}-{n}") for n in itertools.count(1))
+    usual = OUT[command]
+    names = (Path(usual if n == 1 else f"{usual}-{n}") for n in itertools.count(1))
     if given is None and not resume:
         return next(name for name in names if not name.exists())
     if given is None:
         taken = list(itertools.takewhile(Path.exists, names))
-        return taken[-1] if taken else Path(OUT)
-    if not resume and any((given / name).exists() for name in ("checkpoints", "compare.json")):
-        raise ValueError(f"{given} holds a run already: --resume goes on, another --out keeps both")
+        return taken[-1] if taken else Path(usual)
+    if not resume and any((given / name).exists() for name in ("checkpoints", f"{command}.json")):
+        go_on = "--resume goes on, " if command == "compare" else ""
+        raise ValueError(f"{given} holds a run already: {go_on}another --out keeps both")
     return given

@@ -40,6 +40,62 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
     right.supxlabel("accuracy on task", fontsize=10)
     right.supylabel("after learning task (0: none)", fontsize=10)
     figure.suptitle(title(result))
+    _write(figure, path)
+
+
+def plot_bench(result: dict[str, Any], path: Path) -> None:
+    """bench.json as one figure. Above, the up-projection against dense; below, the whole layer
+    against its limit; forward on the left, a training step on the right. One routing, median over
+    rounds, bars from quartile to quartile where they are longer than the mark."""
+    routing = result["rows"][0]["routing"]
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    grid: Any = figure.subplots(2, 2, sharex=True, sharey="row")
+    for (part, reference), line in zip(BENCH_ROWS, grid, strict=True):
+        for axes, (which, words) in zip(line, BENCH_COLUMNS, strict=True):
+            rows = [
+                row
+                for row in result["rows"]
+                if (row["part"], row["pass"], row["routing"]) == (part, which, routing)
+            ]
+            names = list(dict.fromkeys(row["name"] for row in rows))
+            for i, name in enumerate(names):
+                mine = sorted((r for r in rows if r["name"] == name), key=lambda row: row["R"])
+                ratio = [row["ratio"] for row in mine]
+                axes.errorbar(
+                    [row["R"] for row in mine],
+                    [r["median"] for r in ratio],
+                    [r["iqr"] / 2 for r in ratio],
+                    label=name,
+                    color="black" if i == 0 else COLOURS[i - 1],
+                    marker=None if i == 0 else MARKERS[i - 1],
+                    ls="--" if i == 0 else "-",
+                    capsize=2,
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_title(f"{part}, {words}")
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel(f"time ÷ {reference}'s")
+        line[1].legend(fontsize=9)
+    for axes in grid.flatten():
+        axes.set_xticks(ticks := sorted({row["R"] for row in result["rows"] if row["R"] > 16}))
+        axes.set_xticklabels(ticks)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+    for axes in grid[1]:
+        axes.set_xlabel("ranks in all, R")
+    figure.suptitle(
+        f"{result['device']}, {result['dtype']}, T = {result['tokens']}, "
+        f"D = O = {result['width']}, K = {result['top_k']}, {routing} routing"
+    )
+    _write(figure, path)
+
+
+BENCH_ROWS = (("up-projection", "dense"), ("layer", "limit"))
+BENCH_COLUMNS = (("forward", "forward"), ("training", "training step"))
+
+
+def _write(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomic(path, buffer.getvalue())

@@ -108,27 +108,39 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--schemes", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora"),
-        (["--stream", "digits"], "stream is 'digits', allowed: permuted-digits"),
-        (["--device", "gpu"], "device is 'gpu', allowed here: cpu"),
-        (["--device", "cuda:99"], "device is 'cuda:99', allowed here: cpu"),
-        (["--top-k", "0"], "top_k is 0, allowed: 1 or more"),
-        (["--top-k", "-2"], "top_k is -2, allowed: 1 or more"),
-        (["--rank", "65"], "rank is 65, allowed for this layer: 1 to 64"),
-        (["--tau", "0"], "tau is 0.0, allowed: above 0"),
-        (["--tau", "-1"], "tau is -1.0, allowed: above 0"),
-        (["--tau", "warm"], "argument --tau: invalid float value: 'warm'"),
-        (["--tasks", "0"], "tasks is 0, allowed for permuted-digits"),
-        (["--stream", "split-digits", "--tasks", "6"], "tasks is 6, allowed for split-digits"),
-        (["--epochs", "0"], "epochs is 0, allowed: 1 or more"),
-        (["--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
-        (["--out", "file/run"], "Not a directory"),
-        (["--wat"], "unrecognized arguments: --wat"),
+        (["compare", "--schemes", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora"),
+        (["compare", "--stream", "digits"], "stream is 'digits', allowed: permuted-digits"),
+        (["compare", "--device", "gpu"], "device is 'gpu', allowed here: cpu"),
+        (["compare", "--device", "cuda:99"], "device is 'cuda:99', allowed here: cpu"),
+        (["compare", "--top-k", "0"], "top_k is 0, allowed: 1 or more"),
+        (["compare", "--top-k", "-2"], "top_k is -2, allowed: 1 or more"),
+        (["compare", "--rank", "65"], "rank is 65, allowed for this layer: 1 to 64"),
+        (["compare", "--tau", "0"], "tau is 0.0, allowed: above 0"),
+        (["compare", "--tau", "-1"], "tau is -1.0, allowed: above 0"),
+        (["compare", "--tau", "warm"], "argument --tau: invalid float value: 'warm'"),
+        (["compare", "--tasks", "0"], "tasks is 0, allowed for permuted-digits"),
+        (
+            ["compare", "--stream", "split-digits", "--tasks", "6"],
+            "tasks is 6, allowed for split-digits",
+        ),
+        (["compare", "--epochs", "0"], "epochs is 0, allowed: 1 or more"),
+        (["compare", "--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
+        (["compare", "--out", "file/run"], "Not a directory"),
+        (["compare", "--wat"], "unrecognized arguments: --wat"),
+        (["bench", "--device", "gpu"], "device is 'gpu', allowed here: cpu"),
+        (["bench", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["bench", "--ranks", "15"], "ranks is 15, allowed: 16 or more"),
+        (["bench", "--tokens", "0"], "tokens is 0, allowed: 1 or more"),
+        (["bench", "--routing", "hot"], "routing is 'hot', allowed: random, pool, recorded"),
+        (["bench", "--routing", "pool", "--ranks", "64"], "none of the routings pool is made for"),
+        (["bench", "--repeats", "0"], "repeats is 0, allowed: 1 or more"),
+        (["bench", "--threads", "0"], "threads is 0, allowed: 1 or more"),
+        (["bench", "--out", "file/run"], "Not a directory"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(args, message, tmp_path):
     (tmp_path / "file").write_text("mine")
-    done = minimoe("compare", *args, cwd=tmp_path)
+    done = minimoe(*args, cwd=tmp_path)
     assert done.returncode == 2
     line = done.stderr.splitlines()
     assert len(line) == 1 and line[0].startswith("minimoe") and message in line[0], done.stderr
@@ -163,6 +175,37 @@ def test_a_diverging_run_is_named_and_fails_with_status_1(tmp_path):
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert "mora, seed 0, task 1 (permutation 1), step 1: the loss is nan" in last
+
+
+def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
+    small = ["--ranks", 16, 128, "--tokens", 40, "--width", 32, "--top-k", 4, "--repeats", 2]
+    done = minimoe("bench", *small, "--threads", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr and "profiler" not in done.stderr
+    folder = tmp_path / "minimoe-bench"
+    found = json.loads((folder / "bench.json").read_text())
+    assert (folder / "bench.png").stat().st_size > 10_000
+    assert (found["device"], found["threads"], found["dtype"]) == ("cpu", 1, "float32")
+    places = {(r["part"], r["pass"], r["R"], r["routing"]) for r in found["rows"]}
+    for part in ("up-projection", "layer"):
+        for which in ("forward", "training"):
+            assert {(R, name) for p, w, R, name in places if (p, w) == (part, which)} == {
+                (16, "random"), (128, "random"), (128, "pool"), (128, "recorded")
+            }  # fmt: skip
+    named = {part: {r["name"] for r in found["rows"] if r["part"] == part} for part, *_ in places}
+    assert named["up-projection"] == {"dense", "gather", "compact", "auto"}
+    assert named["layer"] == {"limit", "dense-masked", "mora", "mora detached"}
+    assert {"linear", "lora_moe"} < named["beside"]
+    assert named["weight gradient"] == {"R 16", "R 128"}
+    for row in found["rows"]:
+        assert row["ms"]["median"] > 0
+        if row["name"] in ("dense", "limit", "linear", "R 16"):
+            assert row["ratio"] == {"median": 1.0, "iqr": 0.0}
+    peaks = {r["name"]: r["peak"] for r in found["rows"] if "peak" in r and r["R"] == 128}
+    assert peaks["mora detached"] <= peaks["mora"] < peaks["dense-masked"]
+    assert "layer, training; ratios to limit" in done.stdout
+    again = minimoe("bench", *small, "--out", "minimoe-bench", cwd=tmp_path)
+    assert again.returncode == 2 and "holds a run already: another --out" in again.stderr
 
 
 def test_list_names_all_that_compare_takes(small):

@@ -1,0 +1,85 @@
+"""On a CUDA device: every path against the float64 reference, at sizes that fill it."""
+
+import pytest
+import torch
+from torch import nn
+
+from minimoe import LoRA, LoRAMoE, MoRA
+from minimoe.sparse import rank_scores, rank_sparse, top_scores
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+PATHS = ["dense", "gather", "compact", "triton"]
+
+
+def draw(T, K, R, O, dtype):
+    idx = torch.rand(T, R, device="cuda").topk(K)[1]
+    v = torch.randn(T, K, device="cuda", dtype=dtype)
+    B = torch.randn(R, O, device="cuda", dtype=dtype)
+    return v, idx, B[:-16].clone(), B[-16:].clone()
+
+
+def run(product, given, idx, frozen, live, path, out):
+    given, live = given.detach().requires_grad_(), live.detach().requires_grad_()
+    y = product(given, idx, frozen, live, path)
+    return y, *torch.autograd.grad(y, [given, live], out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(4096, 16, 1024, 768), (100, 3, 600, 33), (1, 1, 17, 1)])
+@pytest.mark.parametrize("path", PATHS)
+def test_products_equal_the_float64_reference_twice_over(path, size, dtype):
+    v, idx, frozen, live = draw(*size, dtype)
+    dy = torch.randn(size[0], size[3], device="cuda", dtype=dtype)
+    for product, given, out in ((rank_sparse, v, dy), (rank_scores, dy, v)):
+        got = run(product, given, idx, frozen, live, path, out)
+        again = run(product, given, idx, frozen, live, path, out)
+        wide = [t.double() for t in (given, frozen, live, out)]
+        want = run(product, wide[0], idx, wide[1], wide[2], "dense", wide[3])
+        for mine, twice, truth in zip(got, again, want, strict=True):
+            assert torch.equal(mine, twice)
+            # float32 GEMMs may use tf32's neighbours in the reduction; sums of up to T terms
+            bound = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, torch.finfo(dtype).eps)
+            assert (mine.double() - truth).abs().max() <= bound * truth.abs().max()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scheme", [LoRA, LoRAMoE, MoRA])
+def test_layers_equal_their_cpu_selves(scheme, path):
+    layer = scheme(nn.Linear(64, 48, dtype=torch.float64), rank=8)
+    for _ in range(3):
+        layer.grow()
+    for name, tensor in layer.state_dict().items():
+        if not name.startswith("base"):
+            tensor.normal_()
+    x = torch.randn(40, 64, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(40, 48, dtype=torch.float64)
+    y = layer(x)
+    here = (y, *torch.autograd.grad(y, [x, layer.A, layer.B], dy))
+    layer.cuda().path = path
+    y = layer(x.cuda())
+    there = (y, *torch.autograd.grad(y, [x, layer.A, layer.B], dy.cuda()))
+    for cpu, gpu in zip(here, there, strict=True):
+        assert torch.allclose(cpu, gpu.cpu(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_compiled_equals_eager(path):
+    layer = MoRA(nn.Linear(64, 48), rank=8, top_k=4, tau=0.1).cuda()
+    layer.path = path
+    layer.grow()
+    layer.B.data.normal_()
+    x = torch.randn(40, 64, device="cuda")
+    assert torch.allclose(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-5)
+
+
+def test_a_wrong_index_is_named_when_asked_to_look():
+    v, idx, frozen, live = draw(5, 3, 20, 7, torch.float32)
+    with pytest.raises(ValueError, match="allowed: 0 to 19"):
+        rank_sparse(v, idx + 20, frozen, live, check=True)
+    with pytest.raises(ValueError, match="v is on cpu, live on cuda:0"):
+        rank_sparse(v.cpu(), idx, frozen, live)
+    with pytest.raises(ValueError, match="x is on cpu, live on cuda:0"):
+        top_scores(torch.randn(5, 7), frozen, live, 3)
