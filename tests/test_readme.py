@@ -56,7 +56,7 @@ def test_what_readme_concludes_from_the_numbers():
     forgotten = {stream: mean(stream, "mora", "forgetting") for stream in STREAMS}
     assert forgotten["rotated-digits"] > 10 * forgotten["permuted-digits"]
     mora, moe, joint = (mean("digit-worlds", name) for name in ("mora", "lora_moe", "joint"))
-    assert 3 * (mora - moe) < joint - mora
+    assert 0 < mora - moe < joint - mora
     best = max(mean("split-digits", name) for name in ("lora", "lora_moe", "mora"))
     assert best < 0.3 < 0.7 < mean("split-digits", "class_mean")
 
