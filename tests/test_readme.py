@@ -61,6 +61,35 @@ def test_what_readme_concludes_from_the_numbers():
     assert best < 0.3 < 0.7 < mean("split-digits", "class_mean")
 
 
+def test_the_bench_table_is_the_stored_result():
+    result = stored("bench-cpu")
+    found = {(r["part"], r["pass"], r["R"], r["routing"], r["name"]): r for r in result["rows"]}
+    shown = [
+        ("up-projection", "forward", "auto"),
+        ("up-projection", "training", "auto"),
+        ("layer", "forward", "mora"),
+        ("layer", "training", "mora"),
+        ("layer", "training", "mora detached"),
+        ("layer", "forward", "dense-masked"),
+        ("layer", "training", "dense-masked"),
+    ]
+    lines = re.findall(r"^\| (\d+) \| (.*) \|$", README, re.M)
+    assert [int(R) for R, _ in lines] == [64, 256, 1024, 4096]
+    for R, cells in lines:
+        for (part, which, name), cell in zip(shown, cells.split(" | "), strict=True):
+            median = found[part, which, int(R), "random", name]["ratio"]["median"]
+            assert abs(float(cell) - median) <= (0.0005 if median < 0.1 else 0.005)
+    peaks = {
+        (R, name): found["layer", "training", R, "random", name]["peak"] / 2**20
+        for R in (256, 4096)
+        for name in ("mora", "dense-masked")
+    }
+    assert f"holds {peaks[4096, 'mora']:.0f} MiB" in README
+    assert f"dense-masked layer's {peaks[4096, 'dense-masked']:.0f}." in README
+    assert peaks[256, "dense-masked"] < peaks[256, "mora"]
+    assert found["layer", "training", 4096, "random", "mora"]["ratio"]["median"] < 1
+
+
 def test_the_unseen_seeds_are_the_stored_result():
     result = stored("unseen-seeds")
     assert result["seeds"] == [3, 4, 5, 6, 7] and result["stream"] == "permuted-digits"
