@@ -72,18 +72,21 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
                     capsize=2,
                 )
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            if part == "up-projection":
+                axes.set_yscale("log")
             axes.set_title(f"{part}, {words}")
             axes.grid(alpha=0.3)
         line[0].set_ylabel(f"time ÷ {reference}'s")
         line[1].legend(fontsize=9)
     for axes in grid.flatten():
-        axes.set_xticks(ticks := sorted({row["R"] for row in result["rows"] if row["R"] > 16}))
+        ticks = sorted({row["R"] for row in result["rows"] if row["part"] == "layer"})
+        axes.set_xticks(ticks)
         axes.set_xticklabels(ticks)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
     for axes in grid[1]:
         axes.set_xlabel("ranks in all, R")
+        axes.set_ylim(bottom=0)
     figure.suptitle(
         f"{result['device']}, {result['dtype']}, T = {result['tokens']}, "
         f"D = O = {result['width']}, K = {result['top_k']}, {routing} routing"
