@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adapt import adapters, parameters
 from .learn import Adapted, Backbone, Learner
-from .lora import LoRA
+from .lora import Adapter, Claims, LoRA
 from .sparse import rank_scores
 from .streams import Stream, Task
 
@@ -96,12 +96,13 @@ class Joint(Adapted):
         return super().row(stream, learned) if learned in (0, T) else [float("nan")] * T
 
 
-class ToldLoRA(LoRA):
+class ToldLoRA(Adapter):
     """LoRA whose gate is told the task: g = 1 on the ranks of task `told`, 0 elsewhere.
 
     A task not learned yet has no ranks; the layer is then W0 alone.
     """
 
+    claims = Claims(zero_at_birth=True, granularity="token")
     told: int = 0
 
     def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:

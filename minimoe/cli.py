@@ -1,18 +1,22 @@
-"""The console script `minimoe`: compare, bench, list.
+"""The console script `minimoe`: compare, check, new-scheme, bench, list.
 
-Exit status: 0 done, 1 a run that failed (a loss that is no number), 2 bad input, 130 interrupted.
+Exit status: 0 done, 1 a run that failed (a loss that is no number) or a law that is broken, 2 bad
+input, 130 interrupted.
 """
 
 import argparse
 import itertools
 import json
+import keyword
 import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from . import __version__, bench, streams
+from . import SCHEMES, __version__, bench, streams
 from .compare import LEARNERS, TOY, compare, table
 from .files import write_atomic
 
@@ -48,6 +52,11 @@ def parser() -> Parser:
     add("--device", default="cpu", help="default cpu; cuda, cuda:1, ...")
     add("--out", type=Path, help=OUT_HELP.format(OUT["compare"]))
     add("--resume", action="store_true", help="go on with the run in the output folder")
+    add = commands.add_parser("check", help="hold schemes to the laws").add_argument
+    add("schemes", nargs="+", metavar="NAME", help=f"{', '.join(SCHEMES)}, or file.py:Class")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    add = commands.add_parser("new-scheme", help="write a scheme to fill in").add_argument
+    add("name", metavar="NAME", help="as in my_gate, for my_gate.py with a class MyGate")
     add = commands.add_parser("bench", help="time the sparse path beside the rest").add_argument
     add("--device", default="cpu", help="default cpu; cuda, cuda:1, ...")
     add("--dtype", choices=DTYPES, help="default float32, on a GPU bfloat16")
@@ -71,8 +80,15 @@ def parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    commands = {
+        "compare": run_compare,
+        "check": run_check,
+        "new-scheme": run_new_scheme,
+        "bench": run_bench,
+        "list": run_list,
+    }
     try:
-        return {"list": run_list, "bench": run_bench, "compare": run_compare}[args.command](args)
+        return commands[args.command](args)
     except FloatingPointError as error:
         return fail(str(error), 1)
     except (ValueError, ModuleNotFoundError, OSError) as error:
@@ -135,6 +151,51 @@ def run_compare(args: argparse.Namespace) -> int:
     plot_compare(result, out / "compare.png")
     print(table(result))
     print(f"\n{out / 'compare.json'}\n{out / 'compare.png'}")
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from hypothesis.configuration import set_hypothesis_home_dir
+    from tqdm import tqdm
+
+    from . import laws
+
+    torch.set_num_threads(1)
+    schemes = {}
+    for name in dict.fromkeys(args.schemes):
+        path, colon, in_file = name.rpartition(":")
+        if name not in SCHEMES and not colon:
+            raise ValueError(f"scheme is {name!r}, allowed: {', '.join(SCHEMES)}, file.py:Class")
+        schemes[name] = SCHEMES[name] if name in SCHEMES else laws.load(path, in_file)
+    results: dict[str, list[laws.Row]] = {name: [] for name in schemes}
+    bar = tqdm(total=len(schemes) * len(laws.LAWS), unit="law", leave=False)
+    with bar, tempfile.TemporaryDirectory() as notes:
+        set_hypothesis_home_dir(notes)  # and not .hypothesis in the folder one stands in
+        for name, scheme in schemes.items():
+            for law in laws.LAWS:
+                bar.set_description(f"{name}, {law.__name__}")
+                results[name].append(laws.hold(law, scheme))
+                bar.update()
+    if args.json:
+        rows = {name: [asdict(row) for row in results[name]] for name in results}
+        print(json.dumps(rows, indent=1))
+    else:
+        print(laws.table(results))
+    return int(any(row.verdict == "broken" for rows in results.values() for row in rows))
+
+
+def run_new_scheme(args: argparse.Namespace) -> int:
+    name = args.name
+    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
+        raise ValueError(f"name is {name!r}, allowed: a module's name, as in my_gate")
+    path = Path(f"{name}.py")
+    if path.exists():
+        raise ValueError(f"{path} is there already")
+    title = "".join(part.capitalize() for part in name.split("_"))
+    text = Path(__file__).with_name("template.py").read_text(encoding="utf-8")
+    text = text.replace("NewScheme", title).replace("new_scheme", name)
+    write_atomic(path, text.encode())
+    print(f"{path}\n\nminimoe check {path}:{title}")
     return 0
 
 

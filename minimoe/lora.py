@@ -20,6 +20,8 @@ is. No dropout on the adapter's input.
 
 import inspect
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +31,43 @@ from torch import Tensor, nn
 from .sparse import rank_sparse
 
 
+@dataclass(frozen=True)
+class Claims:
+    """What a scheme says of itself. `minimoe check` holds it to that, law by law (laws.py).
+
+    zero_at_birth: a fresh layer is the base layer, bit for bit.
+    granularity: what else a token's output may depend on: "token" nothing, "sample" the rest of its
+        sample, x being (samples, tokens, D), "batch" anything.
+    expert: what has one weight: each "rank", or each "block" of as many as the setting `rank`.
+    top_k: at most as many experts as the setting `top_k` speak for a token.
+    simplex: their weights are 0 or more and sum to 1; in evaluation, to 1 at most.
+    as_lora: where all experts weigh the same, if top_k keeps all: settings, and numbers to fill
+        other rows with. There the layer is LoRA, its update divided by E if the claim is simplex.
+    mergeable: it has merge() and unmerge(), as LoRA has.
+    equation: the layer is the one equation, g and z being what `gate` says.
+    exact_gradient: nothing is left out of the backward pass.
+
+    The last two are claimed unless taken back.
+    """
+
+    zero_at_birth: bool = False
+    granularity: str = "batch"
+    expert: str = "rank"
+    top_k: bool = False
+    simplex: bool = False
+    as_lora: Mapping[str, float] | None = None
+    mergeable: bool = False
+    equation: bool = True
+    exact_gradient: bool = True
+
+
 class Adapter(nn.Module):
     """The skeleton: a frozen nn.Linear, frozen and live ranks, and the one equation.
 
-    A scheme is a subclass that states its `gate`, what a token reads (`active`), and in `fresh`
-    whatever it grows beside keys and values. Ranks of finished tasks are buffers (`frozen_A`,
-    `frozen_B`), ranks in training are parameters (`A`, `B`); frozen ones come first. Nothing
-    happens by itself: `grow` is what the caller says when a task ends.
+    A scheme is a subclass that states its `claims`, its `gate`, what a token reads (`active`), and
+    in `fresh` whatever it grows beside keys and values. Ranks of finished tasks are buffers
+    (`frozen_A`, `frozen_B`), ranks in training are parameters (`A`, `B`); frozen ones come first.
+    Nothing happens by itself: `grow` is what the caller says when a task ends.
 
     Args:
         base: the linear layer to adapt. It is wrapped, not copied; its weights are frozen.
@@ -46,6 +78,7 @@ class Adapter(nn.Module):
     Raises TypeError if base is no nn.Linear, ValueError if a setting is out of its range.
     """
 
+    claims = Claims()
     path = "auto"  # of the rank-sparse product (sparse.py)
     aux: Tensor | None = None  # auxiliary loss of the last forward pass in training, if any
     A: Tensor
@@ -138,6 +171,8 @@ class LoRA(Adapter):
     Without `grow` it is the sequential baseline, one update that every task overwrites; with
     it, ranks are added per task and all are always on.
     """
+
+    claims = Claims(zero_at_birth=True, granularity="token", as_lora={}, mergeable=True)
 
     def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
         super().__init__(base, rank, scale)

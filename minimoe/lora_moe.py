@@ -37,7 +37,7 @@ What it keeps and what it leaves out, of
 import torch
 from torch import Tensor, nn
 
-from .lora import Adapter
+from .lora import Adapter, Claims
 from .sparse import rank_scores
 
 
@@ -51,6 +51,14 @@ class LoRAMoE(Adapter):
     Raises ValueError if top_k < 1 or balance < 0.
     """
 
+    claims = Claims(
+        zero_at_birth=True,
+        granularity="token",
+        expert="block",
+        top_k=True,
+        simplex=True,
+        as_lora={"router": 0.0},
+    )
     router: Tensor
     frozen_router: Tensor
 

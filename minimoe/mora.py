@@ -25,10 +25,12 @@ the dropout on the adapter's input are left out. `detach_gate` is ours: it holds
 the backward pass, which is another method, not an approximation without cost.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from .lora import Adapter
+from .lora import Adapter, Claims
 from .sparse import top_scores
 
 
@@ -43,6 +45,14 @@ class MoRA(Adapter):
 
     Raises ValueError if top_k < 1, if tau is not above 0, or if delta is no number.
     """
+
+    claims = Claims(
+        zero_at_birth=True,
+        granularity="token",
+        top_k=True,
+        simplex=True,
+        as_lora={"tau": 1e12},
+    )
 
     def __init__(
         self,
@@ -62,6 +72,7 @@ class MoRA(Adapter):
             raise ValueError(f"delta is {delta}, allowed: any number")
         super().__init__(base, rank, scale)
         self.top_k, self.tau, self.delta, self.detach_gate = top_k, tau, delta, detach_gate
+        self.claims = replace(self.claims, exact_gradient=not detach_gate)
 
     def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
         # the largest z are the largest s, so only they and the norm are needed
