@@ -10,7 +10,6 @@ import json
 import keyword
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -177,7 +176,10 @@ def run_check(args: argparse.Namespace) -> int:
                 results[name].append(laws.hold(law, scheme))
                 bar.update()
     if args.json:
-        rows = {name: [asdict(row) for row in results[name]] for name in results}
+        said = ("law", "verdict", "evidence")
+        rows = {
+            n: [{key: getattr(row, key) for key in said} for row in results[n]] for n in results
+        }
         print(json.dumps(rows, indent=1))
     else:
         print(laws.table(results))

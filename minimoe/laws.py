@@ -18,6 +18,7 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 import contextlib
 import copy
 import importlib.util
+import itertools
 import math
 import os
 import pickle
@@ -42,19 +43,6 @@ HUGE = 1e60  # no sum of float64 in which this takes part stays the same
 
 class Broken(AssertionError):
     """A law does not hold; the message is the evidence."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came of one law: verdict "held", "broken" or "not claimed", and the evidence: the
-    number of cases that it held for, or the smallest case found that breaks it, and how."""
-
-    law: str
-    verdict: str
-    evidence: str
-
-    def __str__(self) -> str:
-        return f"{self.law}: {self.verdict}" + f" ({self.evidence})" * bool(self.evidence)
 
 
 @dataclass(frozen=True)
@@ -124,6 +112,24 @@ class Case:
     def experts(self) -> int:
         """E."""
         return self.tasks * (1 if self.claims.expert == "block" else self.settings["rank"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one law.
+
+    verdict: "held", "broken" or "not claimed". evidence: how many cases it held for; or what broke
+    it, and the smallest case found that does. That case is in `case`: LAWS' function of it raises
+    again, and case.layer() and case.x() are what it was looked at with.
+    """
+
+    law: str
+    verdict: str
+    evidence: str
+    case: Case | None = None
+
+    def __str__(self) -> str:
+        return f"{self.law}: {self.verdict}" + f" ({self.evidence})" * bool(self.evidence)
 
 
 # The laws.
@@ -408,7 +414,7 @@ def half_precision(case: Case) -> None:
         at = "autocast to " * auto + str(dtype).removeprefix("torch.")
         if got.dtype != dtype:
             raise Broken(f"{at}: y is {got.dtype}")
-        got.float().square().mean().backward()
+        (got.float() * torch.randn(got.shape)).mean().backward()
         for name, tensor in {"y": got, "dx": ours.grad, **_grads(layer)}.items():
             if tensor is not None and not tensor.isfinite().all():
                 raise Broken(f"{at}: {name} is not finite")
@@ -420,8 +426,8 @@ def half_precision(case: Case) -> None:
             y = case.run(_nudge(ours.detach().double(), dtype), nudged)
             noise.append((y - want).norm(dim=-1))
         error = (got.double() - want).norm(dim=-1).median()
-        size = want.norm(dim=-1).median()
-        allowed = 8 * torch.stack(noise).median() + torch.finfo(dtype).eps * size
+        rounding = torch.finfo(dtype).eps * want.norm(dim=-1).median()  # of y itself
+        allowed = 8 * torch.stack(noise).median() + rounding
         if error > allowed:
             raise Broken(f"{at}: the median token's error is {error:.3g}, allowed: {allowed:.3g}")
 
@@ -531,7 +537,7 @@ LAWS: dict[Law, Callable[[Claims], bool]] = {
 EXAMPLES: dict[Law, int] = {compiles: 2, half_precision: 6, active_is_read: 4}  # others 30
 
 
-def check(scheme: type[Adapter], **settings: Any) -> list[Row]:
+def check(scheme: type[Adapter], /, **settings: Any) -> list[Row]:
     """Hold a scheme to all laws, one Row each, in the order of LAWS.
 
     settings are the scheme's; rank, and top_k if the scheme claims it, are drawn where they are
@@ -540,7 +546,7 @@ def check(scheme: type[Adapter], **settings: Any) -> list[Row]:
     return [hold(law, scheme, **settings) for law in LAWS]
 
 
-def hold(law: Law, scheme: type[Adapter], **settings: Any) -> Row:
+def hold(law: Law, scheme: type[Adapter], /, **settings: Any) -> Row:
     """Hold a scheme to one law.
 
     Raises TypeError if scheme is no class of adapters, ValueError if its constructor raises on an
@@ -575,8 +581,11 @@ def hold(law: Law, scheme: type[Adapter], **settings: Any) -> Row:
             return Row(law.__name__, "broken", "no case at which it could be looked at")
         except Exception as error:  # whatever a scheme raises is evidence
             what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
-            return Row(law.__name__, "broken", f"{' '.join(what.split())}; {last}")
+            return Row(law.__name__, "broken", f"{' '.join(what.split())}; {last}", last)
     return Row(law.__name__, "held", f"{kept} cases")
+
+
+_loaded = itertools.count()
 
 
 def load(path: str | Path, name: str) -> type[Adapter]:
@@ -585,16 +594,17 @@ def load(path: str | Path, name: str) -> type[Adapter]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    alias = f"{path.stem}_{next(_loaded)}"  # two files of one name, or one file twice, are two
+    spec = importlib.util.spec_from_file_location(alias, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # pickle looks a class up there
+    sys.modules[alias] = module  # pickle looks a class up there
     sys.path.insert(0, str(path.parent))  # as Python does for a script
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[path.stem]
+        del sys.modules[alias]
         raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent))
