@@ -219,15 +219,18 @@ def support(case: Case) -> None:
 def simplex(case: Case) -> None:
     """Weights are 0 or more and sum to 1; in evaluation, to 1 at most.
 
-    One weight per expert; in evaluation a scheme may prune. Then the update's size does not depend
-    on how many experts there are, and a weight can be read as a share."""
-    w = _weights(case, case.layer())
-    if w.min() < 0:
-        raise Broken(f"a weight is {w.min():.4g}")
-    total = w.sum(-1)
-    worst = total[(total - 1).abs().argmax()]
-    if total.max() > 1 + 1e-9 or (case.training and total.min() < 1 - 1e-9):
-        raise Broken(f"a token's weights sum to {worst:.6g}")
+    One weight per expert, whatever top_k is; in evaluation a scheme may prune. Then the update's
+    size does not depend on how many experts there are, and a weight can be read as a share."""
+    every = [{"top_k": k + 1} for k in range(case.experts)] if case.claims.top_k else [{}]
+    for settings in every:
+        w = _weights(case, case.layer(**settings))
+        at = "".join(f"top_k {top_k}: " for top_k in settings.values())
+        over = w.sum(-1) - 1
+        if w.min() < 0:
+            raise Broken(f"{at}a weight is {w.min():.4g}")
+        if over.max() > 1e-12 or (case.training and over.min() < -1e-12):
+            worst = over[over.abs().argmax()]
+            raise Broken(f"{at}a token's weights sum to 1 {worst:+.3g}")
 
 
 def paths_agree(case: Case) -> None:
