@@ -166,6 +166,7 @@ def run_check(args: argparse.Namespace) -> int:
         if name not in SCHEMES and not colon:
             raise ValueError(f"scheme is {name!r}, allowed: {', '.join(SCHEMES)}, file.py:Class")
         schemes[name] = SCHEMES[name] if name in SCHEMES else laws.load(path, in_file)
+        laws.claimed(schemes[name], {})  # bad input, before the bar
     results: dict[str, list[laws.Row]] = {name: [] for name in schemes}
     bar = tqdm(total=len(schemes) * len(laws.LAWS), unit="law", leave=False)
     with bar, tempfile.TemporaryDirectory() as notes:

@@ -25,6 +25,7 @@ import os
 import pickle
 import sys
 import textwrap
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -221,6 +222,7 @@ def simplex(case: Case) -> None:
 
     One weight per expert, whatever top_k is; in evaluation a scheme may prune. Then the update's
     size does not depend on how many experts there are, and a weight can be read as a share."""
+    every: list[dict[str, Any]]
     every = [{"top_k": k + 1} for k in range(case.experts)] if case.claims.top_k else [{}]
     for settings in every:
         w = _weights(case, case.layer(**settings))
@@ -550,19 +552,14 @@ def check(scheme: type[Adapter], /, **settings: Any) -> list[Row]:
     """Hold a scheme to all laws, one Row each, in the order of LAWS.
 
     settings are the scheme's; rank, and top_k if the scheme claims it, are drawn where they are
-    not given. Leaves torch's random state as it was. Raises as `hold` does.
+    not given. Leaves torch's random state as it was. Raises as `claimed` does.
     """
     return [hold(law, scheme, **settings) for law in LAWS]
 
 
 def hold(law: Law, scheme: type[Adapter], /, **settings: Any) -> Row:
-    """Hold a scheme to one law.
-
-    Raises TypeError if scheme is no class of adapters, ValueError if its constructor raises on an
-    ordinary layer, or if its claims are not of those that there are.
-    """
-    with torch.random.fork_rng(devices=[]):
-        claims = _claims(scheme, settings)
+    """Hold a scheme to one law. Raises as `claimed` does."""
+    claims = claimed(scheme, settings)
     if not LAWS[law](claims):
         return Row(law.__name__, "not claimed", "")
     last: Case | None = None
@@ -608,14 +605,12 @@ def load(path: str | Path, name: str) -> type[Adapter]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     alias = f"{path.stem}_{next(_loaded)}"  # two files of one name, or one file twice, are two
-    spec = importlib.util.spec_from_file_location(alias, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(alias)
+    module.__file__ = str(path)
     sys.modules[alias] = module  # pickle looks a class up there
     sys.path.insert(0, str(path.parent))  # as Python does for a script
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[alias]
         raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
@@ -669,19 +664,27 @@ def _grads(layer: Adapter) -> dict[str, Tensor | None]:
     return {f"d{name}": parameter.grad for name, parameter in live(layer).items()}
 
 
-def _claims(scheme: type[Adapter], settings: dict[str, Any]) -> Claims:
+def claimed(scheme: type[Adapter], settings: dict[str, Any]) -> Claims:
+    """What a scheme claims at these settings, asked of an ordinary layer.
+
+    Raises TypeError if scheme is no class of adapters, ValueError if its constructor raises, or if
+    its claims are not of those that there are.
+    """
     if not (isinstance(scheme, type) and issubclass(scheme, Adapter)):
         raise TypeError(f"scheme is {scheme!r}, allowed: a subclass of minimoe.Adapter")
     given = {"rank": 2} | settings
     size = max(8, given["rank"])
     try:
-        claims = scheme(nn.Linear(size, size), **given).claims
+        with torch.random.fork_rng(devices=[]):
+            claims = scheme(nn.Linear(size, size), **given).claims
     except Exception as error:
         said = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(
             f"{scheme.__name__}(nn.Linear({size}, {size}), {said}) raises "
             f"{type(error).__name__}: {error}"
         ) from error
+    if not isinstance(claims, Claims):
+        raise ValueError(f"{scheme.__name__}.claims is {claims!r}, allowed: a minimoe.Claims")
     for name, allowed in (
         ("granularity", ("token", "sample", "batch")),
         ("expert", ("rank", "block")),
