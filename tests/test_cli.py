@@ -6,17 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from minimoe.files import read_tensors
+from minimoe.laws import LAWS, says
 
 SMALL = ["--tasks", "3", "--epochs", "2", "--rank", "4"]
 
 
-def minimoe(*args, cwd, **kwargs):
+def minimoe(*args, cwd):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-W", "error", "-m", "minimoe", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **kwargs)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 def result(folder):
@@ -136,6 +139,13 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
         (["bench", "--repeats", "0"], "repeats is 0, allowed: 1 or more"),
         (["bench", "--threads", "0"], "threads is 0, allowed: 1 or more"),
         (["bench", "--out", "file/run"], "Not a directory"),
+        (["check"], "the following arguments are required: NAME"),
+        (["check", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora, file.py:Class"),
+        (["check", "mora", "gone.py:Mine"], "gone.py: no such file"),
+        (["check", "file:Mine"], "file fails: NameError: name 'mine' is not defined"),
+        (["new-scheme", "my-gate"], "name is 'my-gate', allowed: a module's name, as in my_gate"),
+        (["new-scheme", "../gate"], "name is '../gate', allowed: a module's name"),
+        (["new-scheme", "lambda"], "name is 'lambda', allowed: a module's name"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(args, message, tmp_path):
@@ -206,6 +216,88 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
     assert "layer, training; ratios to limit" in done.stdout
     again = minimoe("bench", *small, "--out", "minimoe-bench", cwd=tmp_path)
     assert again.returncode == 2 and "holds a run already: another --out" in again.stderr
+
+
+def test_check_prints_all_laws_and_leaves_nothing(tmp_path):
+    done = minimoe("check", "mora", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    for law in LAWS:
+        verdict = "–" if law.__name__ == "merge_is_equal" else "held"
+        assert lines[law.__name__].split()[1] == verdict
+        assert lines[law.__name__].endswith(says(law))
+    assert max(map(len, lines.values())) <= 100  # a terminal's width
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_names_what_a_wrong_scheme_breaks(tmp_path):
+    wrong = f"{Path(__file__).parent / 'broken' / 'softmax_before_top_k.py'}:Scheme"
+    done = minimoe("check", "lora", wrong, "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert list(found) == ["lora", wrong]
+    for rows in found.values():
+        assert [row["law"] for row in rows] == [law.__name__ for law in LAWS]
+    assert "broken" not in {row["verdict"] for row in found["lora"]}
+    (row,) = [row for row in found[wrong] if row["verdict"] == "broken"]
+    assert row["law"] == "simplex"
+    assert "a token's weights sum to 1 -" in row["evidence"] and "seed" in row["evidence"]
+
+
+ODD = """
+import minimoe
+
+class Plain:
+    pass
+
+class Raises(minimoe.Adapter):
+    def __init__(self, base, rank):
+        raise RuntimeError("not today")
+
+class Odd(minimoe.Adapter):
+    claims = minimoe.Claims(granularity="batches")
+
+class Odder(minimoe.Adapter):
+    claims = {"top_k": True}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("Mine", "class Mine(", "odd.py fails: SyntaxError: '(' was never closed"),
+        ("Mine", "import nothing_of_this_name", "odd.py fails: ModuleNotFoundError: No module"),
+        ("Mine", ODD + "raise SystemExit('gone')", "odd.py fails: SystemExit: gone"),
+        ("Mine", ODD, "odd.py: Mine is not there; schemes there: Raises, Odd, Odder"),
+        ("Plain", ODD, "odd.py: Plain is no scheme (a subclass of minimoe.Adapter)"),
+        ("Raises", ODD, "Raises(nn.Linear(8, 8), rank=2) raises RuntimeError: not today"),
+        ("Odd", ODD, "Odd claims granularity 'batches', allowed: token, sample, batch"),
+        ("Odder", ODD, "Odder.claims is {'top_k': True}, allowed: a minimoe.Claims"),
+    ],
+)
+def test_a_file_that_holds_no_working_scheme_gets_one_line(name, text, message, tmp_path):
+    (tmp_path / "odd.py").write_text(text)
+    done = minimoe("check", "lora", f"odd.py:{name}", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("minimoe: error: ") and message in line
+    assert [p.name for p in tmp_path.iterdir()] == ["odd.py"]
+
+
+def test_a_new_scheme_is_a_short_file_that_keeps_the_laws(tmp_path):
+    done = minimoe("new-scheme", "my_gate", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "my_gate.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40 and "class MyGate(Adapter):" in text
+    *_, command = done.stdout.splitlines()
+    assert command in text
+    assert minimoe(*command.split()[1:], cwd=tmp_path).returncode == 0
+    again = minimoe("new-scheme", "my_gate", cwd=tmp_path)
+    assert again.returncode == 2 and "my_gate.py is there already" in again.stderr
+    assert (tmp_path / "my_gate.py").read_text(encoding="utf-8") == text
+    for rule in (["check", "--select", "E,F,W"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *rule, "--isolated", "--line-length", "100"]
+        subprocess.run([*ruff, "my_gate.py"], cwd=tmp_path, check=True)
 
 
 def test_list_names_all_that_compare_takes(small):
