@@ -4,11 +4,16 @@ import contextlib
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from minimoe import MoRA
 from minimoe.compare import LEARNERS, TOY, table
+from minimoe.laws import LAWS, Row
+from minimoe.laws import table as laws_table
 from minimoe.streams import STREAMS
 
 ROOT = Path(__file__).parent.parent
@@ -102,12 +107,31 @@ def test_the_unseen_seeds_are_the_stored_result():
 
 def test_the_python_example_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = fences("python")
+    example = fences("python")[0]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(example, "README.md", "exec"), {})
     assert printed.getvalue() == re.search(r"^print\(.*\)  # (.*)$", example, re.M)[1] + "\n"
     assert (tmp_path / "adapters.safetensors").exists()
+
+
+def test_the_laws_table_is_of_the_laws_of_today():
+    verdicts = {
+        law: "held" if claimed(MoRA.claims) else "not claimed" for law, claimed in LAWS.items()
+    }
+    rows = [Row(law.__name__, verdict, "") for law, verdict in verdicts.items()]
+    assert fences("text")[1] == laws_table({"mora": rows}) + "\n"
+
+
+def test_the_test_of_a_new_scheme_runs_in_a_project_of_its_own(tmp_path):
+    (tmp_path / "test_mine.py").write_text(fences("python")[1])
+    for command in ("minimoe new-scheme my_gate", "pytest -q"):
+        subprocess.run([sys.executable, "-m", *command.split()], cwd=tmp_path, check=True)
+    scheme = tmp_path / "my_gate.py"
+    broken = scheme.read_text().replace("torch.ones_like(z)", "1 / z.norm(dim=-1, keepdim=True)")
+    scheme.write_text(broken)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1 and b"zero_is_finite: broken" in done.stdout
 
 
 def test_the_file_tree_is_the_folder():
