@@ -38,6 +38,7 @@ from hypothesis import strategies
 from torch import Tensor, nn
 
 from .lora import Adapter, Claims
+from .probe import dense_gate
 from .sparse import PATHS
 
 HUGE = 1e60  # no sum of float64 in which this takes part stays the same
@@ -735,10 +736,7 @@ def _still(case: Case, x: Tensor) -> Case:
 
 def _weights(case: Case, layer: Adapter) -> Tensor:
     """One weight per token and expert, (T, E)."""
-    idx, g, z = layer.gate(case.x())
-    g = torch.as_tensor(g, dtype=z.dtype).expand(z.shape)
-    if idx is not None:
-        g = g.new_zeros(case.T, layer.ranks).scatter_add(-1, idx, g)
+    g = dense_gate(layer, case.x())
     if case.claims.expert == "rank":
         return g
     blocks = g.unflatten(-1, (-1, layer.rank))  # (T, E, r)
