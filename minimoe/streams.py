@@ -9,7 +9,7 @@ nobody says which task an image comes from.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,12 +120,50 @@ def digit_worlds(tasks: int, seed: int) -> tuple[Task, list[Task]]:
     return _task("upright", digits), worlds[:tasks]
 
 
+def repeat(tasks: int, seed: int) -> tuple[Task, list[Task]]:
+    """permuted digits whose last task is the first again: do its old ranks serve it, or are they
+    learned a second time?"""
+    base, made = permuted_digits(max(tasks - 1, 1), seed)
+    again = [replace(made[0], name=f"{made[0].name} again")] if tasks > 1 else []
+    return base, made + again
+
+
+def overlap(tasks: int, seed: int) -> tuple[Task, list[Task]]:
+    """permuted digits that share a half: every task moves the upper half's pixels in the same way
+    and the lower half's in its own, so half of what one learns serves all"""
+    images = _digits(seed)
+    draw = torch.Generator().manual_seed(seed)
+    upper = torch.randperm(32, generator=draw)
+    orders = [torch.cat([upper, 32 + torch.randperm(32, generator=draw)]) for _ in range(tasks)]
+    return _task("upright", images), [
+        _task(f"lower half {t + 1}", images, partial(_permute, order=order))
+        for t, order in enumerate(orders)
+    ]
+
+
+def conflict(tasks: int, seed: int) -> tuple[Task, list[Task]]:
+    """the same images in every task, named y, then y + 1, then 9 - y, then at random: no router
+    that sees the input alone can win"""
+    base = _task("upright", _digits(seed))
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.arange(CLASSES)
+    named = [("y", y), ("y + 1", (y + 1) % CLASSES), ("9 - y", CLASSES - 1 - y)]
+    named += [(f"names {t + 1}", torch.randperm(CLASSES, generator=draw)) for t in range(3, tasks)]
+    return base, [
+        replace(base, name=name, y_train=to[base.y_train], y_test=to[base.y_test])
+        for name, to in named[:tasks]
+    ]
+
+
 # name: (its builder, the most tasks it has)
 STREAMS: dict[str, tuple[Callable[[int, int], tuple[Task, list[Task]]], int]] = {
     "permuted-digits": (permuted_digits, 1000),
     "rotated-digits": (rotated_digits, 1000),
     "split-digits": (split_digits, CLASSES // 2),
     "digit-worlds": (digit_worlds, 5),
+    "repeat": (repeat, 1000),
+    "overlap": (overlap, 1000),
+    "conflict": (conflict, 1000),
 }
 
 

@@ -53,6 +53,41 @@ def test_split_digits_bring_two_new_classes_a_task():
     assert sum(len(task.y_test) for task in stream.tasks) == len(stream.base.y_test)
 
 
+def test_repeat_ends_where_it_began():
+    a, b, c, again = streams.make("repeat", 4).tasks
+    assert (a.name, again.name) == ("permutation 1", "permutation 1 again")
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        assert torch.equal(getattr(a, name), getattr(again, name))
+    assert not torch.equal(a.x_train, b.x_train) and not torch.equal(a.x_train, c.x_train)
+    assert len(streams.make("repeat", 1).tasks) == 1
+
+
+def test_overlapping_tasks_share_the_upper_half():
+    stream = streams.make("overlap", 3)
+    a, b, c = (task.x_train for task in stream.tasks)
+    assert torch.equal(a[:, :32], b[:, :32]) and torch.equal(a[:, :32], c[:, :32])
+    assert not torch.equal(a[:, 32:], b[:, 32:]) and not torch.equal(b[:, 32:], c[:, 32:])
+    for x in (a, b):
+        for half in (slice(0, 32), slice(32, 64)):
+            assert torch.equal(
+                x[:, half].sort(1).values, stream.base.x_train[:, half].sort(1).values
+            )
+
+
+def test_conflicting_tasks_differ_in_their_labels_alone():
+    stream = streams.make("conflict", 5)
+    base = stream.base
+    for task in stream.tasks:
+        assert torch.equal(task.x_train, base.x_train) and torch.equal(task.x_test, base.x_test)
+    first, second, third, fourth, fifth = (task.y_test for task in stream.tasks)
+    assert torch.equal(first, base.y_test)
+    assert torch.equal(second, (base.y_test + 1) % 10) and torch.equal(third, 9 - base.y_test)
+    names = {
+        tuple(y[(base.y_test == d).nonzero()[0]].item() for d in range(10)) for y in (fourth, fifth)
+    }
+    assert len(names) == 2 and all(sorted(name) == list(range(10)) for name in names)
+
+
 def test_digit_worlds_hold_two_sources():
     worlds = streams.make("digit-worlds", 5).tasks
     assert [len(task.y_train) + len(task.y_test) for task in worlds] == [
