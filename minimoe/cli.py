@@ -144,12 +144,15 @@ def run_compare(args: argparse.Namespace) -> int:
     finally:
         if bar is not None:
             bar.close()
-    from .plots import plot_compare
+    from .plots import plot_compare, plot_gates
 
     write_atomic(out / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
     plot_compare(result, out / "compare.png")
     print(table(result))
     print(f"\n{out / 'compare.json'}\n{out / 'compare.png'}")
+    if any(scheme["intrusion"]["mean"] is not None for scheme in result["schemes"].values()):
+        plot_gates(result, out / "gates.png")
+        print(out / "gates.png")
     return 0
 
 

@@ -8,15 +8,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import streams
 from .baselines import ClassMean, HeadOnly, Joint, Oracle
-from .learn import BATCH, LEARNING_RATE, PRETRAIN, Adapted, Backbone, Learner, carry, pretrain
+from .learn import (
+    BATCH,
+    LEARNING_RATE,
+    PRETRAIN,
+    PROBES,
+    Adapted,
+    Backbone,
+    Learner,
+    carry,
+    pretrain,
+)
 from .lora import LoRA
 from .lora_moe import LoRAMoE
 from .metrics import METRICS, summary
 from .mora import MoRA
+from .probe import PROBLEMS
 
 # The toy streams' own settings. The schemes' defaults are their papers', for transformers of
 # width 768 with 16 ranks a task; a layer here is at most 128 wide and learns 5 tasks of 8 ranks.
@@ -105,7 +117,8 @@ def compare(
 
     Returns what compare.json holds, nan as None: {"stream", "device", "torch", "seeds",
     "settings", "schemes": {name: {measure: {"mean", "std"}, ..., "trainable", "stored", "active",
-    "seconds": {"mean", "std"}, "matrix": one per seed}}}. std is the sample's, None for one seed.
+    "seconds": {"mean", "std"}, "matrix": one per seed, "found": what a
+    probe.Recorder found, mean over seeds}}}. std is the sample's, None for one seed.
 
     Raises ValueError on unknown names and settings out of range, before anything is learned.
     """
@@ -119,6 +132,7 @@ def compare(
     for name in schemes:
         LEARNERS[name][1](Backbone(), trial, settings)  # a bad setting is heard of here
     used = {"tasks": tasks, **settings, "batch": BATCH, "lr": LEARNING_RATE, "pretrain": PRETRAIN}
+    used["probes"] = PROBES
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in schemes}
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out / "checkpoints").close()  # so is a folder one cannot write to
@@ -154,11 +168,17 @@ def compare(
 
 def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     measures = [summary(run["matrix"]) for run in runs]
+    found = {name: np.mean([run["found"][name] for run in runs], 0) for name in runs[0]["found"]}
     return {
         **{name: _spread([measure[name] for measure in measures]) for name in METRICS},
+        **{
+            name: _spread([measure(run["found"]) for run in runs])
+            for name, measure in PROBLEMS.items()
+        },
         **{name: runs[0][name] for name in ("trainable", "stored", "active")},
         "seconds": _spread([run["seconds"] for run in runs]),
-        "matrix": [_without_nan(run["matrix"]) for run in runs],
+        "matrix": _without_nan([run["matrix"] for run in runs]),
+        "found": {name: _without_nan(array.round(4).tolist()) for name, array in found.items()},
     }
 
 
@@ -169,8 +189,11 @@ def _spread(values: list[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "std": std}
 
 
-def _without_nan(matrix: list[list[float]]) -> list[list[float | None]]:
-    return [[None if math.isnan(entry) else entry for entry in row] for row in matrix]
+def _without_nan(entry: Any) -> Any:
+    """Nested lists with None for nan, as JSON has no nan."""
+    if isinstance(entry, list):
+        return [_without_nan(part) for part in entry]
+    return None if math.isnan(entry) else entry
 
 
 COLUMNS = {"acc": "ACC", "bwt": "BWT", "forgetting": "forgetting", "fwt": "FWT"} | {
@@ -181,17 +204,30 @@ COLUMNS = {"acc": "ACC", "bwt": "BWT", "forgetting": "forgetting", "fwt": "FWT"}
 
 def table(result: dict[str, Any]) -> str:
     """compare.json as text for a terminal, means ± sample standard deviations over seeds."""
-    head = ["", *COLUMNS.values(), "trainable", "stored", "active", "seconds"]
-    rows = [head]
-    for name, scheme in result["schemes"].items():
-        cells = [_cell(scheme[measure]) for measure in COLUMNS]
+    schemes = result["schemes"]
+    rows = [["", *COLUMNS.values(), "trainable", "stored", "active", "seconds"]]
+    for name, scheme in schemes.items():
         counts = [f"{scheme[kind]:,}" for kind in ("trainable", "stored", "active")]
-        rows.append([name, *cells, *counts, f"{scheme['seconds']['mean']:.1f}"])
+        seconds = f"{scheme['seconds']['mean']:.1f}"
+        rows.append([name, *(_cell(scheme[measure]) for measure in COLUMNS), *counts, seconds])
+    problems = [["", *PROBLEMS]]
+    for name, scheme in schemes.items():
+        cells = [_cell(scheme[problem]) for problem in PROBLEMS]
+        if set(cells) != {"–"}:
+            problems.append([name, *cells])
+    lines = [title(result), "", *_aligned(rows), "", LEGEND]
+    if len(problems) > 1:
+        lines += ["", *_aligned(problems), "", PROBLEMS_LEGEND]
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Names to the left, cells to the right, a rule below the head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
-    return "\n".join([title(result), "", lines[0], "-" * len(lines[0]), *lines[1:], "", LEGEND])
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def title(result: dict[str, Any]) -> str:
@@ -217,3 +253,9 @@ ACC: mean accuracy on all tasks after the last. BWT: change on old tasks since t
 forgetting: loss from a task's best. FWT: gain on a task before it is learned. Transfer: accuracy
 on tasks not yet learned. Average: over all tasks and times. Parameters: trained per task, stored
 at the end, active (read for one token's output). seconds: learning, per seed."""
+PROBLEMS_LEGEND = """\
+In the adapted layers, on 64 test images of each task. interference: how far outputs for old tasks
+have moved since each was learned, relative. intrusion: share of their gate's weight that later
+ranks take. redundancy: largest |cosine| of a new rank with an old one. ambiguity: the gate's
+entropy, 1 where all experts weigh the same. instability: share of the ranks chosen for an old
+input that changed."""

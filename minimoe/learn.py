@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from .adapt import adapt, aux_loss, count, grow, load_state, parameters, state
 from .files import read_tensors, write_tensors
 from .lora import Adapter
+from .probe import Recorder
 from .streams import CLASSES, Stream, Task
 
 BATCH = 64
 LEARNING_RATE = 3e-3
 PRETRAIN: dict[str, Any] = {"epochs": 40, "lr": 1e-3}
+PROBES = 64  # test images of each task at which the recorder looks
 
 
 class Backbone(nn.Module):
@@ -164,8 +166,9 @@ def carry(
         run: what the checkpoint must be a run of (settings; anything that JSON holds).
         done: called with the number of tasks that are newly finished.
 
-    Returns: {"matrix": (T + 1, T) nested lists, the row before any task first; "seconds" spent
-    learning; "trainable", "stored", "active" parameters at the end}.
+    Returns: {"matrix": (T + 1, T) nested lists, the row before any task first; "found": what a
+    Recorder found, arrays by name; "seconds" spent learning; "trainable", "stored", "active"
+    parameters at the end}.
 
     Raises ValueError on a checkpoint of another run, or no checkpoint; FloatingPointError as
     `train` does, naming scheme, task and step.
@@ -176,14 +179,26 @@ def carry(
         torch.manual_seed(task_seed(seed, 0))
         learner = make(copy.deepcopy(backbone), stream)
         learned, seconds, matrix = 0, 0.0, torch.full((T + 1, T), torch.nan, dtype=torch.float64)
+        recorder = Recorder([task.x_test[:PROBES] for task in stream.tasks])
+
+        def look(i: int) -> None:
+            """Fill row i."""
+            matrix[i] = torch.tensor(learner.row(stream, i))
+            if matrix[i].isnan().any():
+                recorder.skip(learner.model)
+            else:
+                recorder.record(learner.model, learner.predict)
+
         if checkpoint is not None and checkpoint.exists():
             tensors, facts = read_tensors(checkpoint)
             differing(checkpoint, facts.get("run"), run)
             learned, seconds, matrix = facts["learned"], facts["seconds"], tensors.pop("matrix")
+            seen = [key for key in tensors if key.startswith("probe.")]
+            recorder.load_state({key.removeprefix("probe."): tensors.pop(key) for key in seen})
             learner.load_state(tensors)
             done(learned)
         else:
-            matrix[0] = torch.tensor(learner.row(stream, 0))
+            look(0)
         for t in range(learned, T):
             start = time.perf_counter()
             torch.manual_seed(task_seed(seed, t))
@@ -194,12 +209,15 @@ def carry(
 
             learner.learn(stream, t, fit)
             seconds += time.perf_counter() - start
-            matrix[t + 1] = torch.tensor(learner.row(stream, t + 1))
+            look(t + 1)
             if checkpoint is not None:
                 facts = {"run": run, "learned": t + 1, "seconds": seconds}
-                write_tensors(checkpoint, {"matrix": matrix, **learner.state()}, facts)
+                saved = {f"probe.{key}": found for key, found in recorder.state().items()}
+                tensors = {"matrix": matrix, **saved, **learner.state()}
+                write_tensors(checkpoint, tensors, facts)
             done(1)
-    return {"matrix": matrix.tolist(), "seconds": seconds, **learner.count()}
+    found = {name: array.tolist() for name, array in recorder.found.items()}
+    return {"matrix": matrix.tolist(), "found": found, "seconds": seconds, **learner.count()}
 
 
 def task_seed(seed: int, t: int) -> int:

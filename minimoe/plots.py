@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from .compare import title
 from .files import write_atomic
@@ -41,6 +43,47 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
     right.supylabel("after learning task (0: none)", fontsize=10)
     figure.suptitle(title(result))
     _write(figure, path)
+
+
+def plot_gates(result: dict[str, Any], path: Path) -> None:
+    """Whose ranks serve whom, by compare.json's "found", mean over seeds. Above, at the end: the
+    share of gate weight that inputs of each task (down) give to the ranks of each task (across).
+    Below, as tasks come: the shares that inputs of the first task give. Only schemes that grow."""
+    masses = {
+        name: np.array(scheme["found"]["mass"], dtype=float)  # (T + 1, T, T); None is nan
+        for name, scheme in result["schemes"].items()
+        if scheme["intrusion"]["mean"] is not None
+    }
+    figure = Figure(figsize=(1.2 + 2.6 * max(len(masses), 2), 5.6), layout="constrained")
+    grid: Any = figure.subplots(2, max(len(masses), 2), squeeze=False, sharey="row")
+    for above, below, (name, mass) in zip(*grid, masses.items(), strict=False):
+        T = mass.shape[1]
+        shade = heat_map(above, mass[-1], name)
+        above.set_xlabel("ranks of task")
+        above.set_yticks(range(T), [str(j + 1) for j in range(T)])
+        tasks, colours = np.arange(1, T + 1), _shades(T)
+        below.stackplot(tasks, np.nan_to_num(mass[1:, 0].T), colors=colours)
+        below.set(xlabel="tasks learned", ylim=(0, 1), xlim=(1, T))
+        below.set_xticks(tasks[:: max(1, T // 10)])
+    for above, below in grid.T[len(masses) :]:
+        above.axis("off")
+        below.axis("off")
+    if masses:
+        grid[0, 0].set_ylabel("inputs of task")
+        grid[1, 0].set_ylabel("share, inputs of task 1")
+        figure.colorbar(shade, ax=list(grid[0]), label="share of gate weight")
+        patches = [Patch(color=colours[t], label=f"task {t + 1}") for t in range(T)]
+        shown = patches if T <= 10 else [patches[0], patches[-1]]
+        figure.legend(
+            handles=shown, title="ranks of", loc="outside lower center", ncols=5, frameon=False
+        )
+    figure.suptitle(title(result))
+    _write(figure, path)
+
+
+def _shades(T: int) -> list[Any]:
+    """One colour per task, first to last, dark to light."""
+    return [colormaps["cividis"](t / max(T - 1, 1)) for t in range(T)]
 
 
 def plot_bench(result: dict[str, Any], path: Path) -> None:

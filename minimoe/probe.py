@@ -63,7 +63,7 @@ class Recorder:
 
     found: {"drift", "entropy", "turnover", "silent": (T + 1, T), "mass": (T + 1, T, T), its last
     axis the task of origin, "alike": (T + 1,)}, float64, nan where there is nothing to say: before
-    task j is learned, or in a record that was `skip`ped.
+    task j is learned, in a record that was `skip`ped, in the mass of a task that added no ranks.
     """
 
     def __init__(self, probes: Sequence[Tensor]):
@@ -157,6 +157,7 @@ class Recorder:
             turnover = 1 - (kept & was).sum(-1)[either > 0] / either[either > 0]
         found = {"drift": drift, "entropy": entropy, "mass": mass, "turnover": turnover}
         means = {key: values.double().mean(0).cpu() for key, values in found.items()}
+        means["mass"][origin.cpu().bincount(minlength=len(self.probes)) == 0] = math.nan
         return means | {"silent": 1 - speaks.double().mean().cpu()}
 
     def state(self) -> dict[str, Tensor]:
@@ -173,7 +174,8 @@ class Recorder:
             part, _, key = name.partition(".")
             if part in parts:
                 parts[part][key] = tensor.clone()
-        self.found, self.then, self.ranks = parts["found"], parts["then"], parts["ranks"]
+        self.found = {key: parts["found"][key] for key in self.found}
+        self.then, self.ranks = parts["then"], parts["ranks"]
 
 
 def _listen(heard: dict[str, list[tuple[Tensor, Tensor]]], name: str) -> Callable[..., None]:
@@ -198,9 +200,9 @@ def interference(found: dict[str, Any]) -> float:
 
 def intrusion(found: dict[str, Any]) -> float:
     """Mean over old tasks j < T - 1 of Σ_{t > j} mass[T, j, t]: the share of the gate's weight that
-    old inputs give to later ranks. In [0, 1]."""
-    mass = _array(found, "mass")
-    return _mean([mass[-1, j, j + 1 :].sum() for j in range(mass.shape[1] - 1)])
+    old inputs give to later ranks, where there are any. In [0, 1]."""
+    later = [row[j + 1 :] for j, row in enumerate(_array(found, "mass")[-1])]
+    return _mean([np.nansum(mass) for mass in later if not np.isnan(mass).all()])
 
 
 def redundancy(found: dict[str, Any]) -> float:

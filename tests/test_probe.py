@@ -55,7 +55,7 @@ def test_a_recorder_by_hand():
     # one rank was chosen, now both are
     np.testing.assert_allclose(found["turnover"], [[nan, nan], [0, nan], [0.5, 0]])
     np.testing.assert_allclose(found["silent"], [[nan, nan], [0, nan], [0, 0]])
-    np.testing.assert_allclose(found["mass"][1, 0], [1, 0])
+    np.testing.assert_allclose(found["mass"][1, 0], [1, nan])
     np.testing.assert_allclose(found["mass"][2], [[0.25, 0.75]] * 2)
     assert np.isnan(found["mass"][0]).all() and np.isnan(found["mass"][1, 1]).all()
     # rank 0 says nothing yet: it is like none
@@ -128,7 +128,9 @@ def test_a_recorder_against_loops(scheme, settings):
                     if not now:
                         continue
                     p = g[n] / g[n].sum()
-                    mass = [p[2 * s : 2 * s + 2].sum() for s in range(t + 1)] + [0] * (T - 1 - t)
+                    mass = [p[2 * s : 2 * s + 2].sum() for s in range(t + 1)] + [math.nan] * (
+                        T - 1 - t
+                    )
                     per["mass"].append(mass)
                     expert = mass[: t + 1] if scheme is LoRAMoE else p
                     H = -sum(q * math.log(q) for q in expert if q > 0)
@@ -197,6 +199,18 @@ def test_a_recorder_changes_nothing():
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and model[1].training and not model[0].training
     assert model[0].aux is None and not model[0]._forward_hooks
+
+
+def test_a_layer_that_does_not_grow_has_no_later_ranks():
+    recorder = Recorder([torch.randn(2, 3)] * 3)
+    layer = LoRA(nn.Linear(3, 3), rank=2)
+    for _ in range(4):
+        recorder.record(layer)
+    assert recorder.found["mass"][3, 1].tolist()[0] == 1
+    assert recorder.found["mass"][3, :, 1:].isnan().all()
+    assert math.isnan(PROBLEMS["intrusion"](recorder.found))
+    assert math.isnan(PROBLEMS["redundancy"](recorder.found))
+    assert PROBLEMS["interference"](recorder.found) == 0
 
 
 def test_a_model_without_adapters_gives_nan():
