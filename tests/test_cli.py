@@ -57,10 +57,23 @@ def test_compare_prints_a_table_and_writes_json_and_picture(small):
             assert (scheme[measure]["mean"] is None) == (name == "joint")
         assert f"\n{name} " in done.stdout
         assert f"{scheme['trainable']:,}" in done.stdout
+        for array in ("drift", "entropy", "turnover", "silent"):
+            assert len(scheme["found"][array]) == 4
+    problems = done.stdout.partition("interference  intrusion")[2]
+    for name in ("lora", "lora_moe", "mora", "lora_grown", "joint", "oracle"):
+        assert f"\n{name} " in problems
+    told = found["schemes"]["oracle"]
+    assert told["interference"]["mean"] < 1e-6 and told["intrusion"]["mean"] == 0
+    even = found["schemes"]["lora_grown"]  # a third to each of three tasks
+    assert even["ambiguity"]["mean"] == 1
+    assert abs(even["intrusion"]["mean"] - (2 / 3 + 1 / 3) / 2) < 1e-9
+    assert found["schemes"]["zero_shot"]["interference"]["mean"] is None
     assert found["schemes"]["mora"]["stored"] == 3 * found["schemes"]["mora"]["trainable"]
     picture = folder / "minimoe-compare" / "compare.png"
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
     assert str(picture.relative_to(folder)) in done.stdout
+    assert (picture.parent / "gates.png").stat().st_size > 20_000
+    assert str(picture.with_name("gates.png").relative_to(folder)) in done.stdout
     assert "task" in done.stderr  # the progress bar
 
 
