@@ -118,7 +118,8 @@ class Case:
     @property
     def experts(self) -> int:
         """E."""
-        return self.tasks * (1 if self.claims.expert == "block" else self.settings["rank"])
+        layer = self.layer()
+        return layer.ranks // layer.block
 
 
 @dataclass(frozen=True)
@@ -739,7 +740,7 @@ def _weights(case: Case, layer: Adapter) -> Tensor:
     g = dense_gate(layer, case.x())
     if case.claims.expert == "rank":
         return g
-    blocks = g.unflatten(-1, (-1, layer.rank))  # (T, E, r)
+    blocks = g.unflatten(-1, (-1, layer.block))  # (T, E, r)
     if not torch.equal(blocks, blocks[..., :1].expand(blocks.shape)):
         raise Broken("ranks of one block have different weights")
     return blocks[..., 0]

@@ -38,7 +38,7 @@ class Claims:
     zero_at_birth: a fresh layer is the base layer, bit for bit.
     granularity: what else a token's output may depend on: "token" nothing, "sample" the rest of its
         sample, x being (samples, tokens, D), "batch" anything.
-    expert: what has one weight: each "rank", or each "block" of as many as the setting `rank`.
+    expert: what has one weight: each "rank", or each "block" of as many as `block` says.
     top_k: at most as many experts as the setting `top_k` speak for a token.
     simplex: their weights are 0 or more and sum to 1; in evaluation, to 1 at most.
     as_lora: where all experts weigh the same, if top_k keeps all: settings, and numbers to fill
@@ -102,6 +102,11 @@ class Adapter(nn.Module):
     def ranks(self) -> int:
         """R, frozen and live."""
         return len(self.frozen_A) + len(self.A)
+
+    @property
+    def block(self) -> int:
+        """Ranks of one expert; where experts are blocks, by default those of one task."""
+        return self.rank if self.claims.expert == "block" else 1
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, without base."""

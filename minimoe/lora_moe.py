@@ -2,16 +2,17 @@
 
 The linear form of MoE-Adapters4CL (Yu et al., arXiv 2403.11549), which MoRA is compared with.
 
-The one equation, with one weight per block of r ranks:
+The one equation, with one weight per block of ranks:
 
     z = x Aᵀ
     l = x Wᵀ                                router logits, one per expert
     w = softmax over the top k of l         one weight per kept expert; they sum to 1
-    g = w_e for each of the r ranks of a kept expert e, 0 elsewhere
+    g = w_e for each rank of a kept expert e, 0 elsewhere
     y = x W0ᵀ + scale · (g ⊙ z) B
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
-x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router; here R = E·r, K = k·r.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router. With one expert per task,
+as usual, R = E·r and K = k·r.
 
 Life: one task trains one new expert and one new router row; all older ones are frozen. On
 permuted-digits that did better than training the old rows on, and small random rows no worse
@@ -42,13 +43,15 @@ from .sparse import rank_scores
 
 
 class LoRAMoE(Adapter):
-    """A router over whole LoRAs. Parameters: E (r (D + O) + D); active, E D + k r (D + O).
+    """A router over whole LoRAs. Parameters: R (D + O) + E D; active, E D + k (R / E) (D + O).
 
     Args beyond Adapter's:
         top_k: k, experts kept per token, at most all.
         balance: coefficient of the load-balance loss, left in `aux` in training.
+        experts: how many a task adds, its r ranks shared out evenly; at r, experts are single
+            ranks, as MoRA's, with a router.
 
-    Raises ValueError if top_k < 1 or balance < 0.
+    Raises ValueError if top_k < 1, balance < 0, or experts does not divide rank.
     """
 
     claims = Claims(
@@ -69,13 +72,20 @@ class LoRAMoE(Adapter):
         scale: float = 1.0,
         top_k: int = 2,
         balance: float = 0.0,
+        experts: int = 1,
     ):
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
         if not balance >= 0:
             raise ValueError(f"balance is {balance}, allowed: 0 or more")
+        if experts < 1 or rank % experts:
+            raise ValueError(f"experts is {experts}, allowed: a divisor of rank, which is {rank}")
+        self.top_k, self.balance, self.experts = top_k, balance, experts
         super().__init__(base, rank, scale)
-        self.top_k, self.balance = top_k, balance
+
+    @property
+    def block(self) -> int:
+        return self.rank // self.experts
 
     def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
         logits = self.project(x, "router")  # (..., E)
@@ -83,18 +93,18 @@ class LoRAMoE(Adapter):
         w = top.softmax(-1)
         if self.training and self.balance:
             self.aux = self.balance * switch_balance(logits, expert)
-        ranks = torch.arange(self.rank, device=x.device)
-        idx = (expert.unsqueeze(-1) * self.rank + ranks).flatten(-2)  # (..., k·r)
+        ranks = torch.arange(self.block, device=x.device)
+        idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
         z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
-        return idx, w.repeat_interleave(self.rank, -1), z
+        return idx, w.repeat_interleave(self.block, -1), z
 
     def active(self) -> int:
-        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.rank
-        return E * D + min(self.top_k, E) * self.rank * (D + O)
+        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.block
+        return E * D + min(self.top_k, E) * self.block * (D + O)
 
     def fresh(self) -> dict[str, Tensor]:
-        row = self.base.weight.new_empty(1, self.base.in_features).normal_(std=0.02)
-        return super().fresh() | {"router": row}
+        rows = self.base.weight.new_empty(self.experts, self.base.in_features)
+        return super().fresh() | {"router": rows.normal_(std=0.02)}
 
 
 def switch_balance(logits: Tensor, expert: Tensor) -> Tensor:

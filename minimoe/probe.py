@@ -135,9 +135,7 @@ class Recorder:
         total = g.sum(-1)
         speaks = total > 0
         p = g[speaks] / total[speaks].unsqueeze(-1)
-        experts = p
-        if layer.claims.expert == "block":
-            experts = p.unflatten(-1, (-1, layer.rank)).sum(-1)
+        experts = p.unflatten(-1, (-1, layer.block)).sum(-1)
         E = experts.shape[-1]
         entropy = torch.special.entr(experts).sum(-1) / math.log(max(E, 2))
         added = torch.arange(layer.ranks, device=g.device)

@@ -21,12 +21,14 @@ WRONG = sorted(path.stem for path in (Path(__file__).parent / "broken").glob("*.
 UNCLAIMED = {
     "lora": {"support", "simplex"},
     "lora_moe": {"merge_is_equal"},
+    "lora_moe, 2 a task": {"merge_is_equal"},
     "mora": {"merge_is_equal"},
     "mora detached": {"merge_is_equal", "exact_gradient"},
     "told": {"support", "simplex", "degenerates_to_lora", "merge_is_equal"},
     "template": {"support", "simplex", "merge_is_equal"},
 }
 EVERY = {name: (scheme, {}) for name, scheme in SCHEMES.items()} | {
+    "lora_moe, 2 a task": (LoRAMoE, {"rank": 4, "experts": 2}),
     "mora detached": (MoRA, {"detach_gate": True, "tau": 0.1}),
     "told": (ToldLoRA, {}),
     "template": (NewScheme, {}),

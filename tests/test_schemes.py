@@ -189,6 +189,11 @@ def test_a_grown_layers_state_loads_into_a_fresh_one(name):
         (LoRA, {"rank": 6}, "rank is 6, allowed for this layer: 1 to 5"),
         (LoRAMoE, {"rank": 2, "top_k": 0}, "top_k is 0, allowed: 1 or more"),
         (LoRAMoE, {"rank": 2, "balance": -1.0}, "balance is -1.0, allowed: 0 or more"),
+        (
+            LoRAMoE,
+            {"rank": 3, "experts": 2},
+            "experts is 2, allowed: a divisor of rank, which is 3",
+        ),
         (MoRA, {"rank": 2, "top_k": -3}, "top_k is -3, allowed: 1 or more"),
         (MoRA, {"rank": 2, "tau": 0.0}, "tau is 0.0, allowed: above 0"),
         (MoRA, {"rank": 2, "tau": math.nan}, "tau is nan, allowed: above 0"),
@@ -242,6 +247,20 @@ class TestLoRA:
 
 
 class TestLoRAMoE:
+    @pytest.mark.parametrize("experts", [1, 2, 4])
+    def test_a_task_may_add_several_experts(self, experts):
+        layer = grown(LoRAMoE, rank=4, tasks=3, top_k=2, experts=experts)
+        assert len(rows(layer, "router")) == 3 * experts and layer.block == 4 // experts
+        arrays = {key: rows(layer, key) for key in layer.fresh()}
+        x = torch.randn(5, 7, dtype=torch.float64)
+        wanted = expected("lora_moe", layer, x.numpy(), arrays)
+        np.testing.assert_allclose(layer(x).detach().numpy(), wanted, rtol=0, atol=1e-12)
+        idx, g, _ = layer.gate(x)
+        assert idx.shape == g.shape == (5, 2 * (4 // experts))
+        stored = sum(t.numel() for n, t in layer.state_dict().items() if "base" not in n)
+        assert stored == 12 * (7 + 5) + 3 * experts * 7
+        assert layer.active() == 3 * experts * 7 + 2 * (4 // experts) * (7 + 5)
+
     def test_by_hand(self):
         # logits (ln 3, 0, -1) of which two are kept: w = (3/4, 1/4). z = (1, 2, 9).
         # update = 3/4 · 1 · (4, 0) + 1/4 · 2 · (0, 2) = (3, 1)
