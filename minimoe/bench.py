@@ -89,7 +89,7 @@ def bench(
         raise ValueError(f"routing is {odd.pop()!r}, allowed: {', '.join(ROUTINGS)}")
     _keep_freed_memory()
     torch.manual_seed(0)
-    clock = _Clock(device)
+    clock = Clock(device)
     kind: dict[str, Any] = {"device": device, "dtype": dtype}
     rows: list[dict[str, Any]] = []
 
@@ -352,7 +352,9 @@ def _agreement(layer: Any, x: Tensor, idx: Tensor) -> float:
 # How it is timed
 
 
-class _Clock:
+class Clock:
+    """What a call takes, in time and in memory."""
+
     def __init__(self, device: str):
         self.cpu = torch.device(device).type == "cpu"
         self.bandwidth: float | None = None
@@ -430,7 +432,7 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _rounds(contenders: Contenders, repeats: int, clock: _Clock) -> dict[str, list[float]]:
+def _rounds(contenders: Contenders, repeats: int, clock: Clock) -> dict[str, list[float]]:
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(2):  # the second warms what the first allocated

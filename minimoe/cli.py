@@ -1,4 +1,4 @@
-"""The console script `minimoe`: compare, check, new-scheme, bench, list.
+"""The console script `minimoe`: compare, study, check, new-scheme, bench, list.
 
 Exit status: 0 done, 1 a run that failed (a loss that is no number) or a law that is broken, 2 bad
 input, 130 interrupted.
@@ -18,8 +18,10 @@ import torch
 from . import SCHEMES, __version__, bench, streams
 from .compare import LEARNERS, TOY, compare, table
 from .files import write_atomic
+from .studies import STUDIES
+from .study import table as study_table
 
-OUT = {"compare": "minimoe-compare", "bench": "minimoe-bench"}
+OUT = {"compare": "minimoe-compare", "study": "minimoe-study", "bench": "minimoe-bench"}
 OUT_HELP = "output folder, default {0}, or {0}-2, ... if that is taken"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -51,6 +53,14 @@ def parser() -> Parser:
     add("--device", default="cpu", help="default cpu; cuda, cuda:1, ...")
     add("--out", type=Path, help=OUT_HELP.format(OUT["compare"]))
     add("--resume", action="store_true", help="go on with the run in the output folder")
+    add = commands.add_parser(
+        "study", help="measure what the paper claims; goes on where it was stopped"
+    ).add_argument
+    add("name", metavar="NAME", help=f"{', '.join(STUDIES)}, or all")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default 0 to 4, quick 0 and 1")
+    add("--quick", action="store_true", help="fewer tasks, less training")
+    add("--jobs", type=int, metavar="N", help="runs side by side, default one per core")
+    add("--out", type=Path, default=Path(OUT["study"]), help="default %(default)s")
     add = commands.add_parser("check", help="hold schemes to the laws").add_argument
     add("schemes", nargs="+", metavar="NAME", help=f"{', '.join(SCHEMES)}, or file.py:Class")
     add("--json", action="store_true", help="print JSON instead of the table")
@@ -81,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     commands = {
         "compare": run_compare,
+        "study": run_study,
         "check": run_check,
         "new-scheme": run_new_scheme,
         "bench": run_bench,
@@ -93,7 +104,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ModuleNotFoundError, OSError) as error:
         return fail(str(error), 2)
     except KeyboardInterrupt:
-        go_on = "; --resume goes on from the last finished task" * (args.command == "compare")
+        go_on = {
+            "compare": "; --resume goes on from the last finished task",
+            "study": "; the same command goes on from the finished cells",
+        }.get(args.command, "")
         return fail(f"interrupted{go_on}", 130)
 
 
@@ -153,6 +167,35 @@ def run_compare(args: argparse.Namespace) -> int:
     if any(scheme["intrusion"]["mean"] is not None for scheme in result["schemes"].values()):
         plot_gates(result, out / "gates.png")
         print(out / "gates.png")
+    return 0
+
+
+def run_study(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .study import study
+
+    if args.name not in (*STUDIES, "all"):
+        raise ValueError(f"study is {args.name!r}, allowed: {', '.join(STUDIES)}, all")
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"jobs is {args.jobs}, allowed: 1 or more")
+    seeds = list(dict.fromkeys(args.seeds or ((0, 1) if args.quick else range(5))))
+    if min(seeds) < 0:
+        raise ValueError(f"seeds is {min(seeds)}, allowed: 0 or more")
+    for name in STUDIES if args.name == "all" else [args.name]:
+        print(f"writing to {args.out}", flush=True)
+        bar = tqdm(unit="cell", leave=False)
+
+        def done(label: str, cells: int, total: int, bar: Any = bar) -> None:
+            bar.total = total
+            bar.set_description(label)
+            bar.update(cells)
+
+        with bar:
+            result = study(name, args.out, seeds, args.quick, args.jobs or -1, done)
+        print(study_table(result))
+        files = [args.out / f"{name}.json", args.out / f"{name}.png", args.out / "findings.md"]
+        print("", *files, sep="\n")
     return 0
 
 

@@ -190,10 +190,12 @@ def _spread(values: list[float]) -> dict[str, float | None]:
 
 
 def _without_nan(entry: Any) -> Any:
-    """Nested lists with None for nan, as JSON has no nan."""
+    """Nested lists and dictionaries with None for nan, as JSON has no nan."""
+    if isinstance(entry, dict):
+        return {key: _without_nan(part) for key, part in entry.items()}
     if isinstance(entry, list):
         return [_without_nan(part) for part in entry]
-    return None if math.isnan(entry) else entry
+    return None if entry != entry else entry
 
 
 COLUMNS = {"acc": "ACC", "bwt": "BWT", "forgetting": "forgetting", "fwt": "FWT"} | {

@@ -141,6 +141,41 @@ BENCH_ROWS = (("up-projection", "dense"), ("layer", "limit"))
 BENCH_COLUMNS = (("forward", "forward"), ("training", "training step"))
 
 
+def plot_study(result: dict[str, Any], path: Path) -> None:
+    """A study's panels: lines of means over seeds, and ± one standard deviation."""
+    panels = result["panels"]
+    across = len(panels) if len(panels) < 4 else 3 if len(panels) > 4 else 2
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(1 + 4.6 * across, 1.2 + 3.9 * down), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(down, across)).flatten()
+    for axes, panel in zip(grid, panels, strict=False):
+        x = np.array(panel["x"], dtype=float)
+        for i, line in enumerate(panel["lines"]):
+            mean, std = (np.array(line[key], dtype=float) for key in ("mean", "std"))
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            axes.plot(x, mean, label=line["label"], markersize=4, lw=1.6, **style)
+            axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
+        if panel.get("log"):
+            axes.set_xscale("log")
+        if panel.get("log") or len(x) <= 7:
+            axes.set_xticks(x, [f"{value:g}" for value in x])
+            axes.set_xticks([], minor=True)
+        axes.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    by_axes = [axes.get_legend_handles_labels() for axes in grid[: len(panels)]]
+    if all(labels == by_axes[0][1] for _, labels in by_axes):  # one legend for all
+        figure.legend(*by_axes[0], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    else:
+        for axes in grid[: len(panels)]:
+            axes.legend(fontsize=8)
+    seeds = ", ".join(map(str, result["seeds"]))
+    figure.suptitle(f"{result['study']}: {result['asks']} Seeds {seeds}")
+    _write(figure, path)
+
+
 def _write(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
