@@ -182,6 +182,7 @@ def run_study(args: argparse.Namespace) -> int:
     seeds = list(dict.fromkeys(args.seeds or ((0, 1) if args.quick else range(5))))
     if min(seeds) < 0:
         raise ValueError(f"seeds is {min(seeds)}, allowed: 0 or more")
+    args.out.mkdir(parents=True, exist_ok=True)  # bad input, before the bar
     for name in STUDIES if args.name == "all" else [args.name]:
         print(f"writing to {args.out}", flush=True)
         bar = tqdm(unit="cell", leave=False)

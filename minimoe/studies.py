@@ -340,9 +340,9 @@ def knob_panels(rows: Rows) -> list[dict[str, Any]]:
         panels.append(
             {
                 "title": knob,
-                "xlabel": f"{knob}, the rest as compare has it",
+                "xlabel": f"{knob}{' (0: none)' * (knob == 'delta')}, the rest as compare has it",
                 "ylabel": "ACC, and interference",
-                "x": values,
+                "x": [max(value, 0.0) for value in values],
                 "log": knob != "delta",
                 "lines": lines,
             }
@@ -725,7 +725,7 @@ def grain_claims(rows: Rows) -> list[Claim]:
 COLUMNS = {"acc": "ACC", "bwt": "BWT", **{name: name for name in PROBLEMS}}
 STUDIES = {
     "routing": Study(
-        "who should choose the ranks: they themselves, a router over ranks, one over LoRAs?",
+        "Who should choose the ranks: they themselves, a router over ranks, one over LoRAs?",
         routing_cells,
         carried,
         COLUMNS
@@ -741,7 +741,7 @@ STUDIES = {
         routing_claims,
     ),
     "knobs": Study(
-        "what do tau, top_k, delta, rank, the score's sign and the gate's gradient do?",
+        "What do tau, top_k, delta, rank, the score's sign and the gate's gradient do?",
         knob_cells,
         carried,
         COLUMNS | {"active": "active"},
@@ -750,7 +750,7 @@ STUDIES = {
         knob_claims,
     ),
     "growth": Study(
-        "what happens as tasks come, to accuracy, drift, time and memory?",
+        "What happens as tasks come, to accuracy, drift, time and memory?",
         growth_cells,
         growth_measure,
         COLUMNS | {"own": "own", "active": "active", "step": "step", "peak": "memory"},
@@ -759,7 +759,7 @@ STUDIES = {
         growth_claims,
     ),
     "silence": Study(
-        "how far from the base model are the answers to inputs of no task?",
+        "How far from the base model are the answers to inputs of no task?",
         silence_cells,
         silence_measure,
         {"acc": "ACC", "base_acc": "base ACC", **{name: name for name in FOREIGN}},
@@ -768,7 +768,7 @@ STUDIES = {
         silence_claims,
     ),
     "grain": Study(
-        "the same ranks, cut into fewer or more experts: which is better?",
+        "The same ranks, cut into fewer or more experts: which is better?",
         grain_cells,
         carried,
         COLUMNS | {"stored": "stored", "active": "active"},
