@@ -14,6 +14,8 @@ from minimoe import MoRA
 from minimoe.compare import LEARNERS, TOY, table
 from minimoe.laws import LAWS, Row
 from minimoe.laws import table as laws_table
+from minimoe.studies import STUDIES
+from minimoe.study import findings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -113,6 +115,32 @@ def test_the_python_example_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     assert (tmp_path / "adapters.safetensors").exists()
 
 
+def test_the_dask_example_runs(tmp_path):
+    pytest.importorskip("distributed")
+    (tmp_path / "example.py").write_text(fences("python")[1])
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "findings" / "grain.json").read_text())
+    assert done.stdout == result["finding"] + "\n" and result["quick"]
+
+
+def test_the_findings_are_of_the_studies_of_today_and_as_readme_says():
+    folder = ROOT / "tutorials" / "findings"
+    results = [json.loads((folder / f"{name}.json").read_text()) for name in STUDIES]
+    page = (folder / "findings.md").read_text(encoding="utf-8")
+    assert page == findings(results)
+    for name, result in zip(STUDIES, results, strict=True):
+        cells = STUDIES[name].cells(result["seeds"], quick=False)
+        assert list(result["rows"]) == list(dict.fromkeys(cell["row"] for cell in cells))
+        assert len(result["seeds"]) >= 5 and not result["quick"]
+        assert f"{name} {result['core_minutes']:.0f}" in README
+    verdicts = [claim["verdict"] for result in results for claim in result["claims"]]
+    for verdict in ("holds", "does not hold", "mixed"):
+        assert f"{verdicts.count(verdict)} {verdict}" in " ".join(README.split())
+
+
 def test_the_laws_table_is_of_the_laws_of_today():
     verdicts = {
         law: "held" if claimed(MoRA.claims) else "not claimed" for law, claimed in LAWS.items()
@@ -122,7 +150,7 @@ def test_the_laws_table_is_of_the_laws_of_today():
 
 
 def test_the_test_of_a_new_scheme_runs_in_a_project_of_its_own(tmp_path):
-    (tmp_path / "test_mine.py").write_text(fences("python")[1])
+    (tmp_path / "test_mine.py").write_text(fences("python")[2])
     for command in ("minimoe new-scheme my_gate", "pytest -q"):
         subprocess.run([sys.executable, "-m", *command.split()], cwd=tmp_path, check=True)
     scheme = tmp_path / "my_gate.py"
