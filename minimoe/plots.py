@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from .compare import title
 from .files import write_atomic
@@ -160,6 +161,8 @@ def plot_study(result: dict[str, Any], path: Path) -> None:
         if panel.get("log") or len(x) <= 7:
             axes.set_xticks(x, [f"{value:g}" for value in x])
             axes.set_xticks([], minor=True)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
