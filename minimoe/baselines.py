@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapt import adapters, parameters
 from .learn import Adapted, Backbone, Learner
@@ -23,6 +23,8 @@ class ClassMean(Learner):
     The mean is over all that the stream has shown of the digit so far, and over the base domain
     until then. No weight is overwritten, but tasks that look different share one mean, and blur it.
     """
+
+    model: Backbone
 
     def __init__(self, model: Backbone, stream: Stream):
         super().__init__(model)
@@ -44,7 +46,7 @@ class ClassMean(Learner):
         source = (self.seen[1] > 0).long()  # (C,)
         digits = torch.arange(len(source))
         mean = self.total[source, digits] / self.seen[source, digits].unsqueeze(1)  # (C, F)
-        return torch.cdist(self.model.features(x), mean.to(x)).argmin(-1)
+        return -torch.cdist(self.model.features(x), mean.to(x))
 
     def count(self) -> dict[str, int]:
         return {"trainable": 0, "stored": self.total[0].numel(), "active": self.total[0].numel()}
@@ -58,6 +60,8 @@ class ClassMean(Learner):
 
 class HeadOnly(Learner):
     """A linear probe carried through the stream: the class embeddings alone learn."""
+
+    model: Backbone
 
     def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
         self.model.classes.requires_grad_(True)
@@ -80,7 +84,7 @@ class Joint(Adapted):
     It learns when the stream is complete; the rows of its matrix before that are nan.
     """
 
-    def __init__(self, model: Backbone, **settings: Any):
+    def __init__(self, model: nn.Module, **settings: Any):
         super().__init__(model, LoRA, grows=False, **settings)
 
     def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
@@ -119,7 +123,7 @@ class ToldLoRA(Adapter):
 class Oracle(Adapted):
     """One LoRA per task, told at test which task it is: no wrong routing, no interference."""
 
-    def __init__(self, model: Backbone, **settings: Any):
+    def __init__(self, model: nn.Module, **settings: Any):
         super().__init__(model, ToldLoRA, **settings)
 
     def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import SCHEMES, __version__, bench, streams
-from .compare import LEARNERS, TOY, compare, table
+from .compare import LEARNERS, TOY, compare, learners, table
 from .files import write_atomic
 from .studies import STUDIES
 from .study import table as study_table
@@ -140,7 +140,8 @@ def run_compare(args: argparse.Namespace) -> int:
             settings[name] = getattr(args, name)
     if args.top_k is not None:
         settings["top_k"] = dict.fromkeys(TOY["top_k"], args.top_k)
-    schemes, seeds = list(dict.fromkeys(args.schemes or LEARNERS)), list(dict.fromkeys(args.seeds))
+    schemes = list(dict.fromkeys(args.schemes or learners(args.stream)))
+    seeds = list(dict.fromkeys(args.seeds))
     if min(seeds) < 0:
         raise ValueError(f"seeds is {min(seeds)}, allowed: 0 or more")
     bar: Any = None  # opened with the first task, when all that was asked for has been checked

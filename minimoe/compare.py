@@ -19,8 +19,8 @@ from .learn import (
     PRETRAIN,
     PROBES,
     Adapted,
-    Backbone,
     Learner,
+    blank,
     carry,
     pretrain,
 )
@@ -28,6 +28,7 @@ from .lora import LoRA
 from .lora_moe import LoRAMoE
 from .metrics import METRICS, summary
 from .mora import MoRA
+from .planted import reachable
 from .probe import PROBLEMS
 
 # The toy streams' own settings. The schemes' defaults are their papers', for transformers of
@@ -100,6 +101,14 @@ LEARNERS: dict[str, tuple[str, Callable[..., Learner]]] = {
 }
 
 
+NEED_CLASSES = ("class_mean", "head_only")  # and not a stream whose answers are vectors
+
+
+def learners(stream: str) -> list[str]:
+    """Those of LEARNERS that can be carried through the stream of that name."""
+    return [n for n in LEARNERS if stream != "planted" or n not in NEED_CLASSES]
+
+
 def compare(
     out: Path,
     stream: str = "permuted-digits",
@@ -110,7 +119,8 @@ def compare(
     settings: Settings = TOY,
     done: Callable[[str, int], None] = lambda label, tasks: None,
 ) -> dict[str, Any]:
-    """Carry every scheme (LEARNERS; default all) with every seed (default 0) through a stream.
+    """Carry every scheme (of LEARNERS; default all that can be) with every seed (default 0) through
+    a stream.
 
     After every task a checkpoint is written to out/checkpoints; those that are there already
     are gone on from. `done` hears of progress: a label, and how many tasks are newly finished.
@@ -118,19 +128,21 @@ def compare(
     Returns what compare.json holds, nan as None: {"stream", "device", "torch", "seeds",
     "settings", "schemes": {name: {measure: {"mean", "std"}, ..., "trainable", "stored", "active",
     "seconds": {"mean", "std"}, "matrix": one per seed, "found": what a
-    probe.Recorder found, mean over seeds}}}. std is the sample's, None for one seed.
+    probe.Recorder found, mean over seeds}}}; on the planted stream also "reachable": {"mean",
+    "std", "limit"} of each scheme (planted.py). std is the sample's, None for one seed.
 
     Raises ValueError on unknown names and settings out of range, before anything is learned.
     """
-    schemes, seeds = list(schemes or LEARNERS), list(seeds or [0])
+    schemes, seeds = list(schemes or learners(stream)), list(seeds or [0])
     for name in schemes:
-        if name not in LEARNERS:
-            raise ValueError(f"scheme is {name!r}, allowed: {', '.join(LEARNERS)}")
+        if name not in learners(stream):
+            here = f" on {stream}" if name in LEARNERS else ""
+            raise ValueError(f"scheme is {name!r}, allowed{here}: {', '.join(learners(stream))}")
     if settings["epochs"] < 1:
         raise ValueError(f"epochs is {settings['epochs']}, allowed: 1 or more")
     trial = streams.make(stream, tasks, seeds[0])
     for name in schemes:
-        LEARNERS[name][1](Backbone(), trial, settings)  # a bad setting is heard of here
+        LEARNERS[name][1](blank(trial), trial, settings)  # a bad setting is heard of here
     used = {"tasks": tasks, **settings, "batch": BATCH, "lr": LEARNING_RATE, "pretrain": PRETRAIN}
     used["probes"] = PROBES
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in schemes}
@@ -139,23 +151,23 @@ def compare(
     for seed in seeds:
         made = streams.make(stream, tasks, seed)
         backbone = pretrain(made, seed, device)
+        known = reachable(backbone, made, settings) if stream == "planted" else {}
         for name in schemes:
             label = f"{name}, seed {seed}"
             done(label, 0)
-            cells[name].append(
-                carry(
-                    partial(LEARNERS[name][1], settings=settings),
-                    backbone,
-                    made,
-                    seed,
-                    settings["epochs"],
-                    device,
-                    name=label,
-                    checkpoint=out / "checkpoints" / f"{name}-seed{seed}.safetensors",
-                    run={"stream": stream, "device": device, "seed": seed, "scheme": name, **used},
-                    done=partial(done, label),
-                )
+            run = carry(
+                partial(LEARNERS[name][1], settings=settings),
+                backbone,
+                made,
+                seed,
+                settings["epochs"],
+                device,
+                name=label,
+                checkpoint=out / "checkpoints" / f"{name}-seed{seed}.safetensors",
+                run={"stream": stream, "device": device, "seed": seed, "scheme": name, **used},
+                done=partial(done, label),
             )
+            cells[name].append(run | {"reachable": known.get(name)})
     return {
         "stream": stream,
         "device": device,
@@ -169,7 +181,10 @@ def compare(
 def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     measures = [summary(run["matrix"]) for run in runs]
     found = {name: np.mean([run["found"][name] for run in runs], 0) for name in runs[0]["found"]}
+    known = [run["reachable"] for run in runs if run["reachable"]]
+    limit = {"limit": known[0]["limit"]} if known else {}
     return {
+        **({"reachable": _spread([k["acc"] for k in known]) | limit} if known else {}),
         **{name: _spread([measure[name] for measure in measures]) for name in METRICS},
         **{
             name: _spread([measure(run["found"]) for run in runs])
@@ -208,16 +223,23 @@ def table(result: dict[str, Any]) -> str:
     """compare.json as text for a terminal, means ± sample standard deviations over seeds."""
     schemes = result["schemes"]
     rows = [["", *COLUMNS.values(), "trainable", "stored", "active", "seconds"]]
+    planted = result["stream"] == "planted"
+    if planted:
+        rows[0].insert(1, "reachable")
     for name, scheme in schemes.items():
         counts = [f"{scheme[kind]:,}" for kind in ("trainable", "stored", "active")]
         seconds = f"{scheme['seconds']['mean']:.1f}"
-        rows.append([name, *(_cell(scheme[measure]) for measure in COLUMNS), *counts, seconds])
+        known = scheme.get("reachable")
+        reach = [("" if known["limit"] else "≥ ") + _cell(known)] if known else []
+        scores = [_cell(scheme[measure]) for measure in COLUMNS]
+        rows.append([name, *reach, *scores, *counts, seconds])
     problems = [["", *PROBLEMS]]
     for name, scheme in schemes.items():
         cells = [_cell(scheme[problem]) for problem in PROBLEMS]
         if set(cells) != {"–"}:
             problems.append([name, *cells])
     lines = [title(result), "", *_aligned(rows), "", LEGEND]
+    lines += [PLANTED_LEGEND] if planted else []
     if len(problems) > 1:
         lines += ["", *_aligned(problems), "", PROBLEMS_LEGEND]
     return "\n".join(lines)
@@ -255,6 +277,9 @@ ACC: mean accuracy on all tasks after the last. BWT: change on old tasks since t
 forgetting: loss from a task's best. FWT: gain on a task before it is learned. Transfer: accuracy
 on tasks not yet learned. Average: over all tasks and times. Parameters: trained per task, stored
 at the end, active (read for one token's output). seconds: learning, per seed."""
+PLANTED_LEGEND = """\
+Here accuracy is the share of the answer explained, 1 - Σ‖ŷ - y‖² / Σ‖y‖². reachable: the ACC that
+no training can pass, by algebra; with ≥, one that the scheme is shown to be able to express."""
 PROBLEMS_LEGEND = """\
 In the adapted layers, on 64 test images of each task. interference: how far outputs for old tasks
 have moved since each was learned, relative. intrusion: share of their gate's weight that later

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,28 @@ class Backbone(nn.Module):
         return self.features(x) @ self.classes.T
 
 
+def blank(stream: Stream) -> nn.Module:
+    """The network to pretrain for a stream: where answers are vectors, one linear layer, fc1."""
+    if not stream.real:
+        return Backbone(stream.classes)
+    D, O = stream.base.x_train.shape[1], stream.base.y_train.shape[1]
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(D, O, bias=False)))
+
+
+def loss(answers: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, C) for digits (N,); mean squared error of vectors (N, O)."""
+    return F.mse_loss(answers, y) if y.is_floating_point() else F.cross_entropy(answers, y)
+
+
+def score(answers: Tensor, y: Tensor) -> float:
+    """Accuracy of logits (N, C) for digits (N,). Of vectors ŷ (N, O) for y, the share explained,
+    1 - Σ‖ŷ - y‖² / Σ‖y‖²: 1 at best, 0 for answering 0, no lower limit."""
+    if y.is_floating_point():
+        y = y.double()
+        return 1 - ((answers - y).square().sum() / y.square().sum()).item()
+    return (answers.argmax(-1) == y).double().mean().item()
+
+
 def train(
     model: nn.Module,
     weights: Iterable[nn.Parameter],
@@ -57,8 +80,8 @@ def train(
     lr: float = LEARNING_RATE,
     where: str = "training",
 ) -> None:
-    """Fit weights to one task with a fresh AdamW (no decay): cross-entropy among all classes, plus
-    the adapters' auxiliary losses. The seed decides the order of the batches.
+    """Fit weights to one task with a fresh AdamW (no decay): `loss`, among all classes, plus the
+    adapters' auxiliary losses. The seed decides the order of the batches.
 
     Raises FloatingPointError, before the step is taken, if the loss is no finite number.
     """
@@ -69,21 +92,21 @@ def train(
     step = 0
     for _ in range(epochs):
         for rows in torch.randperm(len(y), generator=order).to(y.device).split(BATCH):
-            loss = F.cross_entropy(model(x[rows]), y[rows]) + aux_loss(model)
+            total = loss(model(x[rows]), y[rows]) + aux_loss(model)
             step += 1
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"{where}, step {step}: the loss is {loss.item()}")
+            if not torch.isfinite(total):
+                raise FloatingPointError(f"{where}, step {step}: the loss is {total.item()}")
             optimiser.zero_grad()
-            loss.backward()
+            total.backward()
             optimiser.step()
     model.eval()
 
 
-def pretrain(stream: Stream, seed: int, device: torch.device | str = "cpu") -> Backbone:
+def pretrain(stream: Stream, seed: int, device: torch.device | str = "cpu") -> Any:
     """A backbone that knows the stream's base domain, with every weight frozen."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Backbone(stream.classes).to(device)
+        model = blank(stream).to(device)
     where = f"pretraining on {stream.base.name}"
     train(model, model.parameters(), stream.base.to(device), seed=seed, where=where, **PRETRAIN)
     return model.requires_grad_(False)
@@ -92,24 +115,22 @@ def pretrain(stream: Stream, seed: int, device: torch.device | str = "cpu") -> B
 class Learner:
     """What is carried through a stream. This one never learns: the backbone as it is."""
 
-    def __init__(self, model: Backbone):
+    def __init__(self, model: Any):  # a Backbone, or whatever `blank` makes
         self.model = model
 
     def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
         """Learn task t, those before it having been learned; fit(model, weights, task) trains."""
 
     def predict(self, x: Tensor, j: int) -> Tensor:
-        """Digits (N,) for images x (N, 64) of task j, which only an oracle may look at."""
-        return self.model(x).argmax(-1)
+        """Logits (N, C), or vectors (N, O), for inputs x (N, D) of task j, which only an oracle may
+        look at."""
+        return self.model(x)
 
     @torch.no_grad()
     def row(self, stream: Stream, learned: int) -> list[float]:
-        """Accuracy on every task of the stream, now that the first `learned` are learned."""
+        """The score on every task of the stream, now that the first `learned` are learned."""
         self.model.eval()
-        return [
-            (self.predict(task.x_test, j) == task.y_test).double().mean().item()
-            for j, task in enumerate(stream.tasks)
-        ]
+        return [score(self.predict(k.x_test, j), k.y_test) for j, k in enumerate(stream.tasks)]
 
     def count(self) -> dict[str, int]:
         return {"trainable": 0, "stored": 0, "active": 0}
@@ -125,7 +146,9 @@ class Learner:
 class Adapted(Learner):
     """Every linear layer of the backbone under one scheme; between tasks it grows, or does not."""
 
-    def __init__(self, model: Backbone, scheme: type[Adapter], grows: bool = True, **settings: Any):
+    def __init__(
+        self, model: nn.Module, scheme: type[Adapter], grows: bool = True, **settings: Any
+    ):
         super().__init__(model)
         adapt(model, scheme, targets=r"fc\d", **settings)
         self.grows = grows
@@ -146,8 +169,8 @@ class Adapted(Learner):
 
 
 def carry(
-    make: Callable[[Backbone, Stream], Learner],
-    backbone: Backbone,
+    make: Callable[[Any, Stream], Learner],
+    backbone: nn.Module,
     stream: Stream,
     seed: int,
     epochs: int,

@@ -23,7 +23,9 @@ MARKERS = "osD^v<>XP"
 
 def plot_compare(result: dict[str, Any], path: Path) -> None:
     """compare.json as one figure: on the left, accuracy on the tasks seen so far after each task,
-    mean over seeds and ± one standard deviation; on the right, every scheme's accuracy matrix."""
+    mean over seeds and ± one standard deviation; on the right, every scheme's accuracy matrix.
+    (On the planted stream, the share of the answer explained.)"""
+    what = "share explained" if result["stream"] == "planted" else "accuracy"
     names = list(result["schemes"])
     matrices = {
         name: np.array(scheme["matrix"], dtype=float) for name, scheme in result["schemes"].items()
@@ -33,14 +35,14 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 + 2.1 * across, max(4.6, 0.9 + 2.1 * down)), layout="constrained")
     panels: Any = figure.subfigures(1, 2, width_ratios=[5, 2.1 * across])
     left, right = panels
-    curves(left.subplots(), matrices, thick={"lora", "lora_moe", "mora"})
+    curves(left.subplots(), matrices, thick={"lora", "lora_moe", "mora"}, what=what)
     grid = np.atleast_1d(right.subplots(down, across, sharex=True, sharey=True)).flatten()
     for axes, name in zip(grid, names, strict=False):
         shade = heat_map(axes, matrices[name].mean(0), name)
     for axes in grid[len(names) :]:
         axes.axis("off")
-    right.colorbar(shade, ax=list(grid), label="accuracy", shrink=0.7)
-    right.supxlabel("accuracy on task", fontsize=10)
+    right.colorbar(shade, ax=list(grid), label=what, shrink=0.7)
+    right.supxlabel(f"{what} on task", fontsize=10)
     right.supylabel("after learning task (0: none)", fontsize=10)
     figure.suptitle(title(result))
     _write(figure, path)
@@ -185,8 +187,11 @@ def _write(figure: Figure, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def curves(axes: Any, matrices: dict[str, np.ndarray], thick: set[str]) -> None:
-    """Mean accuracy on the tasks seen so far, after each task: schemes thick, baselines dashed."""
+def curves(
+    axes: Any, matrices: dict[str, np.ndarray], thick: set[str], what: str = "accuracy"
+) -> None:
+    """Mean accuracy (or `what`) on the tasks seen so far, after each task: schemes thick, baselines
+    dashed."""
     for i, (name, matrix) in enumerate(matrices.items()):
         T = matrix.shape[2]
         tasks = np.arange(1, T + 1)
@@ -196,7 +201,9 @@ def curves(axes: Any, matrices: dict[str, np.ndarray], thick: set[str]) -> None:
         line = {"lw": 2.5} if name in thick else {"lw": 1.2, "ls": "--"}
         axes.plot(tasks, mean, label=name, markersize=5, **style, **line)
         axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
-    axes.set(xlabel="tasks learned", ylabel="mean accuracy on the tasks seen so far", ylim=(0, 1))
+    bottom = min(0, axes.get_ylim()[0]) if what != "accuracy" else 0
+    axes.set(xlabel="tasks learned", ylabel=f"mean {what} on the tasks seen so far")
+    axes.set_ylim(bottom, 1)
     axes.set_xticks(tasks)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)

@@ -1,10 +1,12 @@
-"""Toy continual tasks on real handwritten digits, nothing downloaded.
+"""Toy continual tasks on real handwritten digits, nothing downloaded; and one that is planted.
 
 A stream is a base domain, on which a backbone is pretrained, and a sequence of tasks, on which
 only adapters learn. All inputs are 8×8 images as 64 pixels in [-1, 1]. The label space is the ten
 digits, in training and at test, whichever of them a task shows. Test images are held out before
 anything else happens: no task, and no base domain, trains on any version of them. At test
 nobody says which task an image comes from.
+
+`planted` alone has drawn inputs, and vectors for answers (planted.py says what can be reached).
 """
 
 import math
@@ -25,7 +27,8 @@ TEST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Task:
-    """One task: float32 images x (N, 64) and int64 digits y (N,), to train on and to test on."""
+    """One task: float32 inputs x (N, D) with int64 digits y (N,), or, where answers are real,
+    float32 vectors y (N, O); to train on and to test on."""
 
     name: str
     x_train: Tensor
@@ -53,6 +56,11 @@ class Stream:
     base: Task
     tasks: tuple[Task, ...]
     classes: int = CLASSES
+
+    @property
+    def real(self) -> bool:
+        """Whether answers are vectors, not digits."""
+        return self.base.y_train.is_floating_point()
 
 
 Images = tuple[Tensor, Tensor, Tensor, Tensor]  # train (N, 8, 8) and digits, test and digits
@@ -155,6 +163,31 @@ def conflict(tasks: int, seed: int) -> tuple[Task, list[Task]]:
     ]
 
 
+def planted(tasks: int, seed: int) -> tuple[Task, list[Task]]:
+    """a linear teacher, changed for each task at rank 4 on a subspace of its own: what each scheme
+    can reach is known (scored by the share of the answer explained)"""
+    D, M, Q = 64, 12, 4  # inputs and outputs; dimensions of a subspace; rank of a change
+    draw = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, generator=draw, dtype=torch.float64)
+
+    def task(name: str, W: Tensor, U: Tensor, mean: float, train: int) -> Task:
+        """x = U (a + mean of the first coordinate), a normal; y = W x."""
+        data = []
+        for n in (train, 256):
+            a = normal(n, U.shape[1])
+            a[:, 0] += mean
+            data += [(a @ U.T).float(), (a @ U.T @ W.T).float()]
+        return Task(name, *data)
+
+    W0 = normal(D, D) / math.sqrt(D)
+    base = task("teacher", W0, torch.eye(D, dtype=torch.float64), 0.0, 4096)
+    made = []
+    for t, U in enumerate(torch.linalg.qr(normal(D, D)).Q.split(M, dim=1)[:tasks]):
+        P, V = (torch.linalg.qr(normal(n, Q)).Q for n in (D, M))
+        made.append(task(f"subspace {t + 1}", W0 + 3 * P @ V.T @ U.T, U, 2.0, 1024))
+    return base, made
+
+
 # name: (its builder, the most tasks it has)
 STREAMS: dict[str, tuple[Callable[[int, int], tuple[Task, list[Task]]], int]] = {
     "permuted-digits": (permuted_digits, 1000),
@@ -164,6 +197,7 @@ STREAMS: dict[str, tuple[Callable[[int, int], tuple[Task, list[Task]]], int]] = 
     "repeat": (repeat, 1000),
     "overlap": (overlap, 1000),
     "conflict": (conflict, 1000),
+    "planted": (planted, 5),
 }
 
 

@@ -66,6 +66,27 @@ def test_what_readme_concludes_from_the_numbers():
     assert best < 0.3 < 0.7 < mean("split-digits", "class_mean")
 
 
+def test_the_planted_table_is_the_stored_result():
+    result = stored("planted")
+    assert result["seeds"] == [0, 1, 2] and {k: result["settings"][k] for k in TOY} == TOY
+    head, reachable, learned = (
+        re.search(rf"^\| {row} \| (.*) \|$", README, re.M)[1].split(" | ")
+        for row in ("planted", "reachable", "learned")
+    )
+    for name, limit, acc in zip(head, reachable, learned, strict=True):
+        scheme = result["schemes"][name]
+        assert scheme["reachable"]["limit"] == (not limit.startswith("≥"))
+        assert abs(float(limit.removeprefix("≥ ")) - scheme["reachable"]["mean"]) <= 0.0005
+        assert abs(float(acc) - scheme["acc"]["mean"]) <= 0.0005
+
+    def forgotten(name):
+        return result["schemes"][name]["forgetting"]["mean"]
+
+    first = [m[t + 1][t] for m in result["schemes"]["lora_moe"]["matrix"] for t in range(5)]
+    assert min(first) > 0.94 and forgotten("lora_moe") > 0.1 > 0.01 > forgotten("mora")
+    assert forgotten("lora_grown") > 0.05
+
+
 def test_the_bench_table_is_the_stored_result():
     result = stored("bench-cpu")
     found = {(r["part"], r["pass"], r["R"], r["routing"], r["name"]): r for r in result["rows"]}
