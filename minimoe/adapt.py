@@ -1,7 +1,8 @@
 """Put any scheme into any torch model, and carry its adapters about."""
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,51 @@ def count(model: nn.Module) -> dict[str, int]:
     }
 
 
+def after_step(model: nn.Module) -> None:
+    """The optimiser has made a step: every adapter does what its scheme does between steps, such as
+    to move the biases that balance its ranks. Most do nothing."""
+    for _, adapter in adapters(model):
+        adapter.after_step()
+
+
+@contextlib.contextmanager
+def told(model: nn.Module, **said: Tensor) -> Iterator[None]:
+    """Inside, every adapter of model is told this of the samples that come, by name.
+
+        with told(model, cluster=ids):                  # ids (B,): one per sample
+            y = model(x)                                # whose layers see (B, ..., D)
+
+    The way to a gate that needs more than its layer's input (Adapter.hears says what). An index
+    (...) or a vector (..., F) per sample; its axes before F are the first ones of what the layers
+    see, whatever tokens follow. It is held by the adapters, so no module in between need pass it
+    on, and a compiled model takes it as an input. What an outer `told` said stays said.
+    """
+    layers = [adapter for _, adapter in adapters(model)]
+    before = [layer.told for layer in layers]
+    try:
+        for layer in layers:
+            layer.told = {**layer.told, **said}
+        yield
+    finally:
+        for layer, then in zip(layers, before, strict=True):
+            layer.told = then
+
+
+class Telling(nn.Module):
+    """A model whose adapters are told, of every input, what `say` says of it.
+
+    forward(...) is model(...) inside told(model, **say(...)), for any arguments.
+    """
+
+    def __init__(self, model: nn.Module, say: Callable[..., dict[str, Tensor]]):
+        super().__init__()
+        self.model, self.say = model, say
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with told(self.model, **self.say(*args, **kwargs)):
+            return self.model(*args, **kwargs)
+
+
 def aux_loss(model: nn.Module) -> Tensor | float:
     """Sum of the auxiliary losses of the last forward pass in training, 0.0 if there are none."""
     return sum((a.aux for _, a in adapters(model) if a.aux is not None), start=0.0)
@@ -104,14 +150,18 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         raise ValueError(f"{odd} is {'missing' if odd in here else 'not an adapter of this model'}")
     for name, adapter in adapters(model):
         tasks = set()
-        for key in (key.removeprefix("frozen_") for key in adapter._buffers if "frozen_" in key):
-            live, frozen = tensors[f"{name}.{key}"], tensors[f"{name}.frozen_{key}"]
-            if live.shape != getattr(adapter, key).shape or frozen.shape[1:] != live.shape[1:]:
+        for key, ours in adapter.state_dict().items():
+            if key.startswith(("base.", "frozen_")):
+                continue
+            live, frozen = tensors[f"{name}.{key}"], tensors.get(f"{name}.frozen_{key}")
+            grown = () if frozen is None else tuple(frozen.shape)
+            if live.shape != ours.shape or grown[1:] != tuple(live.shape[1:])[: len(grown)]:
                 raise ValueError(
-                    f"{name}.{key} is {tuple(live.shape)} and frozen {tuple(frozen.shape)}, "
-                    f"allowed: {tuple(getattr(adapter, key).shape)}, and any number of such"
+                    f"{name}.{key} is {tuple(live.shape)} and frozen {grown}, "
+                    f"allowed: {tuple(ours.shape)}, and any number of such"
                 )
-            tasks.add(len(frozen) / len(live))
+            if frozen is not None:
+                tasks.add(len(frozen) / len(live))
         if len(tasks) > 1:
             raise ValueError(f"{name} holds tensors of different numbers of tasks")
     for name, adapter in adapters(model):

@@ -5,13 +5,14 @@ Beside these, `Learner` (zero-shot: no adaptation at all) and `Adapted` with a L
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapters, parameters
+from .adapt import parameters
 from .learn import Adapted, Backbone, Learner
+from .learners import Labelled
 from .lora import Adapter, Claims, LoRA
 from .sparse import rank_scores
 from .streams import Stream, Task
@@ -101,39 +102,34 @@ class Joint(Adapted):
 
 
 class ToldLoRA(Adapter):
-    """LoRA whose gate is told the task: g = 1 on the ranks of task `told`, 0 elsewhere.
+    """LoRA whose gate is told the task: g = 1 on the ranks of the task `label`, 0 elsewhere.
 
     A task not learned yet has no ranks; the layer is then W0 alone.
     """
 
     claims = Claims(zero_at_birth=True, granularity="token")
-    told: int = 0
 
     def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
-        first = min(self.told * self.rank, self.ranks - self.rank)
-        idx = torch.arange(first, first + self.rank, device=x.device)
-        idx = idx.expand(*x.shape[:-1], -1)
+        label = self.hear("label", x).expand(x.shape[:-1])
+        tasks = self.ranks // self.rank
+        idx = label.clamp(max=tasks - 1).unsqueeze(-1) * self.rank
+        idx = idx + torch.arange(self.rank, device=x.device)  # (..., r)
         z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
-        return idx, float(self.told * self.rank < self.ranks), z
+        return idx, (label < tasks).unsqueeze(-1).to(z.dtype), z
 
     def active(self) -> int:
         return self.rank * (self.base.in_features + self.base.out_features)
 
+    def hears(self) -> dict[str, range | int]:
+        return {"label": range(self.ranks // self.rank + 1)}
 
-class Oracle(Adapted):
+
+class Oracle(Labelled):
     """One LoRA per task, told at test which task it is: no wrong routing, no interference."""
 
     def __init__(self, model: nn.Module, **settings: Any):
         super().__init__(model, ToldLoRA, **settings)
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
-        self._tell(t)
-        super().learn(stream, t, fit)
-
     def predict(self, x: Tensor, j: int) -> Tensor:
-        self._tell(j)
+        self.label = j
         return super().predict(x, j)
-
-    def _tell(self, task: int) -> None:
-        for _, adapter in adapters(self.model):
-            cast(ToldLoRA, adapter).told = task

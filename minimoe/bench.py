@@ -202,11 +202,11 @@ class DenseMasked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         m = self.layer
-        z = x @ torch.cat([m.frozen_A, m.A]).T
+        z = x @ m.keys.T
         top, idx = z.topk(m.top_k)
         s = top / torch.linalg.vector_norm(z, dim=-1, keepdim=True)
         g = torch.zeros_like(z).scatter(-1, idx, (s / m.tau).softmax(-1))
-        return m.base(x) + m.scale * (g * z) @ torch.cat([m.frozen_B, m.B])
+        return m.base(x) + m.scale * (g * z) @ m.rows("B")
 
 
 def beside(width: int, top_k: int, kind: dict[str, Any]) -> dict[str, nn.Module]:
@@ -243,8 +243,8 @@ class GroupedMoE(nn.Module):
         top, expert = moe.project(x, "router").topk(moe.top_k)
         order = expert.flatten().argsort(stable=True)
         ends = expert.flatten().bincount(minlength=moe.ranks // moe.rank).cumsum(0).int()
-        A = torch.cat([moe.frozen_A, moe.A]).view(-1, moe.rank, D)
-        B = torch.cat([moe.frozen_B, moe.B]).view(len(A), moe.rank, -1)
+        A = moe.keys.view(-1, moe.rank, D)
+        B = moe.rows("B").view(len(A), moe.rank, -1)
         h = F.grouped_mm(x[order // moe.top_k], A.transpose(1, 2), offs=ends)
         h = h * top.softmax(-1).flatten()[order].unsqueeze(1).to(h.dtype)
         out = F.grouped_mm(h, B, offs=ends)
@@ -254,7 +254,7 @@ class GroupedMoE(nn.Module):
 
 def _limit(layer: Any, x: Tensor, which: str) -> Callable[[], None]:
     """The GEMMs that no exact MoRA layer of D < R was thought to do without."""
-    A, W, b = torch.cat([layer.frozen_A, layer.A]), layer.base.weight, layer.base.bias
+    A, W, b = layer.keys, layer.base.weight, layer.base.bias
     A, W, b = A.detach(), W.detach(), b.detach()
     z, h = x @ A.T, x @ layer.A.detach().T
 

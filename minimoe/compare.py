@@ -24,12 +24,14 @@ from .learn import (
     carry,
     pretrain,
 )
-from .lora import LoRA
+from .learners import Clustered, Consolidating, Expanding, Intuitive, Labelled
+from .lora import Adapter, LoRA
 from .lora_moe import LoRAMoE
 from .metrics import METRICS, summary
 from .mora import MoRA
 from .planted import reachable
 from .probe import PROBLEMS
+from .schemes import FlyLoRA, LoRAMoEPlugin, MeteoRA, MoSLD, OLoRA, SMoRA
 
 # The toy streams' own settings. The schemes' defaults are their papers', for transformers of
 # width 768 with 16 ranks a task; a layer here is at most 128 wide and learns 5 tasks of 8 ranks.
@@ -42,35 +44,86 @@ from .probe import PROBLEMS
 TOY: dict[str, Any] = {
     "epochs": 20,
     "rank": 8,
-    "top_k": {"lora_moe": 3, "mora": 8},
+    "top_k": {"lora_moe": 3, "mora": 8, "smora": 8, "flylora": 8, "mosld": 3, "meteora": 3},
     "tau": 0.1,
     "delta": 0.2,
+    "clusters": 8,
 }
 
 Settings = dict[str, Any]  # TOY's keys
 
-# name: (what it is, how to make a learner of (model, stream, settings))
-LEARNERS: dict[str, tuple[str, Callable[..., Learner]]] = {
+Make = Callable[..., Learner]  # of (model, stream, settings)
+
+
+def _scheme(make: Callable[..., Learner], name: str, *knobs: str) -> Make:
+    """A learner of r ranks a task at scale 1, and of the settings `knobs`; those that are a scheme's
+    own are under its name."""
+
+    def made(model: Any, stream: Any, settings: Settings) -> Learner:
+        own = {knob: settings[knob] for knob in knobs}
+        own = {k: v[name] if isinstance(v, dict) else v for k, v in own.items()}
+        return make(model, rank=settings["rank"], scale=1.0, **own)
+
+    return made
+
+
+def _adapted(scheme: type[Adapter], name: str, *knobs: str, learner: Any = Adapted) -> Make:
+    return _scheme(partial(learner, scheme=scheme), name, *knobs)
+
+
+# name: (what it is, how to make a learner of it)
+LEARNERS: dict[str, tuple[str, Make]] = {
     "lora": (
         "scheme: one dense LoRA that every task trains on",
-        lambda model, stream, settings: Adapted(model, LoRA, grows=False, rank=settings["rank"]),
+        _scheme(partial(Adapted, scheme=LoRA, grows=False), "lora"),
     ),
     "lora_moe": (
         "scheme: a learned router over whole LoRAs, one more per task",
-        lambda model, stream, settings: Adapted(
-            model, LoRAMoE, rank=settings["rank"], top_k=settings["top_k"]["lora_moe"]
-        ),
+        _adapted(LoRAMoE, "lora_moe", "top_k"),
     ),
     "mora": (
         "scheme: rank-1 experts that score themselves, r more per task",
-        lambda model, stream, settings: Adapted(
-            model,
-            MoRA,
-            rank=settings["rank"],
-            top_k=settings["top_k"]["mora"],
-            tau=settings["tau"],
-            delta=settings["delta"],
-        ),
+        _adapted(MoRA, "mora", "top_k", "tau", "delta"),
+    ),
+    "smora": (
+        "atlas: single ranks under a sigmoid router, with biases that balance it",
+        _adapted(SMoRA, "smora", "top_k"),
+    ),
+    "flylora": (
+        "atlas: random sparse keys that are never trained; the largest answers speak",
+        _adapted(FlyLoRA, "flylora", "top_k"),
+    ),
+    "mor1e": (
+        "atlas: single ranks, weighted by a router and by what the sample is like",
+        _scheme(Intuitive, "mor1e"),
+    ),
+    "loramoe": (
+        "atlas: whole LoRAs under a dense router, balanced by what they are for",
+        _adapted(LoRAMoEPlugin, "loramoe", learner=Labelled),
+    ),
+    "mosld": (
+        "atlas: whole LoRAs that share their keys, under a router",
+        _adapted(MoSLD, "mosld", "top_k"),
+    ),
+    "mocle": (
+        "atlas: whole LoRAs, chosen by the sample's cluster, and a universal one",
+        _scheme(Clustered, "mocle", "clusters"),
+    ),
+    "meteora": (
+        "atlas: whole LoRAs under a router that is told in training which is meant",
+        _adapted(MeteoRA, "meteora", "top_k", learner=Labelled),
+    ),
+    "sema": (
+        "atlas: whole LoRAs under a soft router, one more where a layer is surprised",
+        _scheme(Expanding, "sema"),
+    ),
+    "olora": (
+        "atlas: ranks added per task, all always on, with keys orthogonal to the older",
+        _adapted(OLoRA, "olora"),
+    ),
+    "ewc": (
+        "atlas: one dense LoRA, held back where older tasks would feel it",
+        _scheme(Consolidating, "ewc"),
     ),
     "zero_shot": (
         "baseline: no adaptation, the backbone as it is",
@@ -86,7 +139,7 @@ LEARNERS: dict[str, tuple[str, Callable[..., Learner]]] = {
     ),
     "lora_grown": (
         "baseline: ranks added per task, all of them always on",
-        lambda model, stream, settings: Adapted(model, LoRA, rank=settings["rank"]),
+        _adapted(LoRA, "lora_grown"),
     ),
     "joint": (
         "bound: one LoRA with all tasks' ranks, trained on all tasks at once",
@@ -104,9 +157,15 @@ LEARNERS: dict[str, tuple[str, Callable[..., Learner]]] = {
 NEED_CLASSES = ("class_mean", "head_only")  # and not a stream whose answers are vectors
 
 
-def learners(stream: str) -> list[str]:
-    """Those of LEARNERS that can be carried through the stream of that name."""
-    return [n for n in LEARNERS if stream != "planted" or n not in NEED_CLASSES]
+def learners(stream: str, atlas: bool = True) -> list[str]:
+    """Those of LEARNERS that can be carried through the stream of that name; or without the atlas,
+    those of them that `compare` carries by default."""
+    return [
+        name
+        for name, (what, _) in LEARNERS.items()
+        if not (stream == "planted" and name in NEED_CLASSES)
+        and (atlas or not what.startswith("atlas"))
+    ]
 
 
 def compare(
@@ -119,21 +178,21 @@ def compare(
     settings: Settings = TOY,
     done: Callable[[str, int], None] = lambda label, tasks: None,
 ) -> dict[str, Any]:
-    """Carry every scheme (of LEARNERS; default all that can be) with every seed (default 0) through
-    a stream.
+    """Carry every scheme (of LEARNERS; by default the three and the baselines) with every seed
+    (default 0) through a stream.
 
     After every task a checkpoint is written to out/checkpoints; those that are there already
     are gone on from. `done` hears of progress: a label, and how many tasks are newly finished.
 
     Returns what compare.json holds, nan as None: {"stream", "device", "torch", "seeds",
     "settings", "schemes": {name: {measure: {"mean", "std"}, ..., "trainable", "stored", "active",
-    "seconds": {"mean", "std"}, "matrix": one per seed, "found": what a
+    "seconds": {"mean", "std"}, "step": {"mean", "std"}, "matrix": one per seed, "found": what a
     probe.Recorder found, mean over seeds}}}; on the planted stream also "reachable": {"mean",
     "std", "limit"} of each scheme (planted.py). std is the sample's, None for one seed.
 
     Raises ValueError on unknown names and settings out of range, before anything is learned.
     """
-    schemes, seeds = list(schemes or learners(stream)), list(seeds or [0])
+    schemes, seeds = list(schemes or learners(stream, atlas=False)), list(seeds or [0])
     for name in schemes:
         if name not in learners(stream):
             here = f" on {stream}" if name in LEARNERS else ""
@@ -191,7 +250,7 @@ def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
             for name, measure in PROBLEMS.items()
         },
         **{name: runs[0][name] for name in ("trainable", "stored", "active")},
-        "seconds": _spread([run["seconds"] for run in runs]),
+        **{name: _spread([run[name] for run in runs]) for name in ("seconds", "step")},
         "matrix": _without_nan([run["matrix"] for run in runs]),
         "found": {name: _without_nan(array.round(4).tolist()) for name, array in found.items()},
     }
@@ -222,17 +281,20 @@ COLUMNS = {"acc": "ACC", "bwt": "BWT", "forgetting": "forgetting", "fwt": "FWT"}
 def table(result: dict[str, Any]) -> str:
     """compare.json as text for a terminal, means ± sample standard deviations over seeds."""
     schemes = result["schemes"]
-    rows = [["", *COLUMNS.values(), "trainable", "stored", "active", "seconds"]]
+    rows = [["", *COLUMNS.values(), "trainable", "stored", "active", "seconds", "ms/step"]]
     planted = result["stream"] == "planted"
     if planted:
         rows[0].insert(1, "reachable")
     for name, scheme in schemes.items():
         counts = [f"{scheme[kind]:,}" for kind in ("trainable", "stored", "active")]
-        seconds = f"{scheme['seconds']['mean']:.1f}"
-        known = scheme.get("reachable")
-        reach = [("" if known["limit"] else "≥ ") + _cell(known)] if known else []
+        step = scheme["step"]["mean"]
+        times = [f"{scheme['seconds']['mean']:.1f}", "–" if step is None else f"{1000 * step:.2f}"]
+        reach = []
+        if planted:
+            known = scheme.get("reachable")
+            reach = [("" if known["limit"] else "≥ ") + _cell(known) if known else "–"]
         scores = [_cell(scheme[measure]) for measure in COLUMNS]
-        rows.append([name, *reach, *scores, *counts, seconds])
+        rows.append([name, *reach, *scores, *counts, *times])
     problems = [["", *PROBLEMS]]
     for name, scheme in schemes.items():
         cells = [_cell(scheme[problem]) for problem in PROBLEMS]
@@ -276,7 +338,8 @@ LEGEND = """\
 ACC: mean accuracy on all tasks after the last. BWT: change on old tasks since they were learned.
 forgetting: loss from a task's best. FWT: gain on a task before it is learned. Transfer: accuracy
 on tasks not yet learned. Average: over all tasks and times. Parameters: trained per task, stored
-at the end, active (read for one token's output). seconds: learning, per seed."""
+at the end, active (read for one token's output). seconds: learning, per seed; ms/step: a step of
+training."""
 PLANTED_LEGEND = """\
 Here accuracy is the share of the answer explained, 1 - Σ‖ŷ - y‖² / Σ‖y‖². reachable: the ACC that
 no training can pass, by algebra; with ≥, one that the scheme is shown to be able to express."""

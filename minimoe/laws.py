@@ -37,6 +37,7 @@ import torch
 from hypothesis import strategies
 from torch import Tensor, nn
 
+from .adapt import adapters, told
 from .lora import Adapter, Claims
 from .probe import dense_gate
 from .sparse import PATHS
@@ -84,7 +85,8 @@ class Case:
             if task > 0:
                 layer.grow()
             for parameter in live(layer).values():
-                nn.init.normal_(parameter)
+                # a lone number is a knob, such as a mixing weight: it stays near where it starts
+                nn.init.normal_(parameter, std=1.0 if parameter.numel() > 1 else 0.01)
         return layer.to(dtype).train(self.training)
 
     def x(self, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -103,7 +105,24 @@ class Case:
         """y of x, by a layer of this case's own if none is given."""
         layer = self.layer() if layer is None else layer
         torch.manual_seed(self.seed + 3)
-        return layer(x)
+        with self.tell(layer, x):
+            return layer(x)
+
+    def tell(self, layer: Any, x: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Inside, layer is told something of each sample in x, if it hears anything (adapt.told):
+        the same of the same sample, whatever else is in x, and nothing that a small change of x
+        would change. So a law may look at it as at any function of x."""
+        _, adapter = next(adapters(layer))
+        bits = (x > 0).double() @ (2.0 ** torch.arange(x.shape[-1], device=x.device)).double()
+        said = {}
+        for name, what in adapter.hears().items():
+            if isinstance(what, range):
+                said[name] = bits.long() % len(what)
+            else:
+                source = torch.Generator().manual_seed(self.seed + 5)
+                vectors = torch.randn(7, what, generator=source, dtype=torch.float64)
+                said[name] = vectors.to(x.device)[bits.long() % 7]
+        return told(layer, **said)
 
     def gradients(
         self, x: Tensor, layer: Adapter, call: Callable[[Tensor], Tensor] | None = None
@@ -180,13 +199,15 @@ def equation(case: Case) -> None:
     that is lost where ranks are frozen, or a normalised score multiplied in where the raw z
     belongs."""
     settings: dict[str, Any] = {} if "scale" in case.settings else {"scale": 0.7}
-    x, layer = case.x(), case.layer(**settings)
+    x = case.x()
+    case = _still(case, x)
+    layer = case.layer(**settings)
     torch.manual_seed(case.seed + 3)
-    idx, g, z = layer.gate(x)
-    A, B = torch.cat([layer.frozen_A, layer.A]), torch.cat([layer.frozen_B, layer.B])
+    with case.tell(layer, x):
+        idx, g, z = layer.gate(x)
     idx = torch.arange(layer.ranks).expand(case.T, -1) if idx is None else idx
-    _close(z, (x @ A.T).gather(-1, idx), "z as gate gives it", "x Aᵀ")
-    want = layer.base(x) + layer.scale * torch.einsum("tk,tko->to", g * z, B[idx])
+    _close(z, (x @ layer.keys.T).gather(-1, idx), "z as gate gives it", "x Aᵀ")
+    want = layer.base(x) + layer.scale * torch.einsum("tk,tko->to", g * z, layer.rows("B")[idx])
     _close(case.run(x, case.layer(**settings)), want, "y", "x W0ᵀ + scale · (g ⊙ z) B")
 
 
@@ -223,18 +244,21 @@ def simplex(case: Case) -> None:
     """Weights are 0 or more and sum to 1; in evaluation, to 1 at most.
 
     One weight per expert, whatever top_k is; in evaluation a scheme may prune. Then the update's
-    size does not depend on how many experts there are, and a weight can be read as a share."""
+    size does not depend on how many experts there are, and a weight can be read as a share. (A
+    scheme may claim a sum as large as the number of experts that it keeps: then a mean of 1.)"""
     every: list[dict[str, Any]]
     every = [{"top_k": k + 1} for k in range(case.experts)] if case.claims.top_k else [{}]
     for settings in every:
         w = _weights(case, case.layer(**settings))
         at = "".join(f"top_k {top_k}: " for top_k in settings.values())
-        over = w.sum(-1) - 1
+        total = min(settings.get("top_k", case.experts), case.experts)
+        over = w.sum(-1) / (total if case.claims.simplex == "kept" else 1) - 1
         if w.min() < 0:
             raise Broken(f"{at}a weight is {w.min():.4g}")
         if over.max() > 1e-12 or (case.training and over.min() < -1e-12):
             worst = over[over.abs().argmax()]
-            raise Broken(f"{at}a token's weights sum to 1 {worst:+.3g}")
+            each = f"{total} times " * (case.claims.simplex == "kept")
+            raise Broken(f"{at}a token's weights sum to {each}1 {worst:+.3g}")
 
 
 def paths_agree(case: Case) -> None:
@@ -298,6 +322,7 @@ def only_live_learns(case: Case) -> None:
         loss = case.run(case.x((case.T + step,)), layer).square().mean()
         (loss if layer.aux is None else loss + layer.aux).backward()
         optimiser.step()
+        layer.after_step()
     for name, parameter in live(layer).items():
         if parameter.grad is None:
             raise Broken(f"{name} has no gradient")
@@ -322,8 +347,11 @@ def grow_keeps(case: Case) -> None:
         elif f"frozen_{name}" in before:
             rows = torch.cat([before[f"frozen_{name}"], tensor])
             _equal(after[f"frozen_{name}"], rows, f"frozen_{name} after grow", "all rows before")
-            if after[name].shape != tensor.shape or not getattr(layer, name).requires_grad:
+            learns = name in layer.fixed or getattr(layer, name).requires_grad
+            if after[name].shape != tensor.shape or not learns:
                 raise Broken(f"{name} after grow is {tuple(after[name].shape)}, or does not learn")
+        elif not name.startswith("frozen_"):
+            _equal(after[name], tensor, f"{name}, which belongs to no task, after grow", "before")
     if layer.ranks != ranks + layer.rank:
         raise Broken(f"{ranks} ranks became {layer.ranks}, with rank {layer.rank}")
 
@@ -359,10 +387,11 @@ def eval_is_still(case: Case) -> None:
     layer, x = case.layer().train(), case.x()
     before = copy.deepcopy(layer.state_dict())
     layer.eval()
-    torch.manual_seed(case.seed + 3)
-    first = layer(x)
-    torch.manual_seed(case.seed + 4)
-    _equal(layer(x), first, "y in evaluation, again", "y in evaluation")
+    with case.tell(layer, x):
+        torch.manual_seed(case.seed + 3)
+        first = layer(x)
+        torch.manual_seed(case.seed + 4)
+        _equal(layer(x), first, "y in evaluation, again", "y in evaluation")
     for mode in ("eval", "train"):
         now = getattr(layer, mode)().state_dict()
         for name, tensor in before.items():
@@ -372,19 +401,18 @@ def eval_is_still(case: Case) -> None:
 def degenerates_to_lora(case: Case) -> None:
     """Where all experts weigh the same, the layer is dense LoRA.
 
-    Its update is divided by E if the weights are claimed to be a simplex. The one setting at which
+    Its update is divided by E if the weights are claimed to sum to 1. The one setting at which
     every scheme can be held against the same known layer."""
     claims = case.claims
     given: dict[str, Any] = dict(claims.as_lora or {})
-    rows = [name for name in given if name in live(case.layer())]
+    rows = [name for name in given if hasattr(case.layer(), f"frozen_{name}")]
     settings = {name: given[name] for name in given if name not in rows}
     layer = case.layer(**settings | ({"top_k": case.experts} if claims.top_k else {})).train()
     for name in rows:
         for key in (name, f"frozen_{name}"):
             getattr(layer, key).data.fill_(given[name])
-    x, c = case.x(), layer.scale / (case.experts if claims.simplex else 1)
-    A, B = torch.cat([layer.frozen_A, layer.A]), torch.cat([layer.frozen_B, layer.B])
-    want = layer.base(x) + c * (x @ A.T) @ B
+    x, c = case.x(), layer.scale / (case.experts if claims.simplex is True else 1)
+    want = layer.base(x) + c * (x @ layer.keys.T) @ layer.rows("B")
     at = ", ".join(f"{name} {value:g}" for name, value in given.items()) or "all kept"
     _close(case.run(x, layer), want, f"y at {at}", "LoRA's", 1e-6)
 
@@ -490,10 +518,11 @@ def active_is_read(case: Case) -> None:
     """active() is how many parameters a token's output depends on.
 
     Of the adapter's own, frozen and live: the number by which schemes are compared at equal cost.
-    Counted the slow way: a parameter is read if making it huge, up or down, changes the output. Of
-    layers of two tasks or more, as a router over one expert decides nothing; the most that any of 4
-    tokens depends on."""
-    layer = replace(case, tasks=max(case.tasks, 2)).layer().train()
+    Counted the slow way: a parameter is read if making it huge, up or down, or any of some ordinary
+    numbers, changes the output. Of layers of two tasks or more, as a router over one expert decides
+    nothing; the most that any of 4 tokens depends on; in training, if that draws no noise."""
+    case = replace(case, tasks=max(case.tasks, 2), training=True)
+    layer = _still(case, case.x()).layer()
     own = [
         (tensor, tensor.clone())
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]
@@ -508,14 +537,17 @@ def active_is_read(case: Case) -> None:
         return case.run(x, layer)
 
     counts = []
+    values = (HUGE, -HUGE, *(n / 4 for n in range(-16, 17)))
     with torch.no_grad():
         for x in case.x((4,)):
             want = poked(x)
+            rows = [row for tensor, _ in own for row in tensor.view(len(tensor), -1)]
             counts.append(
                 sum(
-                    any(not torch.equal(poked(x, at, huge), want) for huge in (HUGE, -HUGE))
-                    for tensor, _ in own
-                    for at in tensor.view(-1)
+                    any(not torch.equal(poked(x, at, value), want) for value in values)
+                    for row in rows
+                    if not torch.equal(poked(x, row, math.nan), want)  # or else none in it is read
+                    for at in row
                 )
             )
     if max(counts) != layer.active():
@@ -532,7 +564,7 @@ LAWS: dict[Law, Callable[[Claims], bool]] = {
     equation: lambda claims: claims.equation,
     granularity: lambda claims: claims.granularity != "batch",
     support: lambda claims: claims.top_k,
-    simplex: lambda claims: claims.simplex,
+    simplex: lambda claims: bool(claims.simplex),
     paths_agree: lambda claims: True,
     exact_gradient: lambda claims: claims.exact_gradient,
     only_live_learns: lambda claims: True,
@@ -690,11 +722,12 @@ def claimed(scheme: type[Adapter], settings: dict[str, Any]) -> Claims:
     for name, allowed in (
         ("granularity", ("token", "sample", "batch")),
         ("expert", ("rank", "block")),
+        ("simplex", (True, False, "kept")),
     ):
         if getattr(claims, name) not in allowed:
             raise ValueError(
                 f"{scheme.__name__} claims {name} {getattr(claims, name)!r}, "
-                f"allowed: {', '.join(allowed)}"
+                f"allowed: {', '.join(map(str, allowed))}"
             )
     return claims
 
@@ -725,19 +758,20 @@ def _cases(draw, scheme: type[Adapter], settings: dict[str, Any], claims: Claims
 def _still(case: Case, x: Tensor) -> Case:
     """The case in a mode in which its layer draws no noise: its own, or else the other one."""
     for training in (case.training, not case.training):
-        mode, ys = replace(case, training=training), []
-        for seed in (0, 1):
-            layer = mode.layer()
-            torch.manual_seed(seed)
-            ys.append(layer(x))
-        if torch.equal(*ys):
+        mode = replace(case, training=training)
+        layer, before = mode.layer(), torch.get_rng_state()
+        with mode.tell(layer, x):
+            layer(x)
+        if torch.equal(torch.get_rng_state(), before):
             return mode
     raise LeftOut
 
 
 def _weights(case: Case, layer: Adapter) -> Tensor:
     """One weight per token and expert, (T, E)."""
-    g = dense_gate(layer, case.x())
+    x = case.x()
+    with case.tell(layer, x):
+        g = dense_gate(layer, x)
     if case.claims.expert == "rank":
         return g
     blocks = g.unflatten(-1, (-1, layer.block))  # (T, E, r)

@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapt import adapt, aux_loss, count, grow, load_state, parameters, state
+from . import parallel
+from .adapt import (
+    Telling,
+    adapt,
+    after_step,
+    aux_loss,
+    count,
+    grow,
+    load_state,
+    parameters,
+    state,
+)
 from .files import read_tensors, write_tensors
 from .lora import Adapter
 from .probe import Recorder
@@ -58,7 +69,10 @@ def blank(stream: Stream) -> nn.Module:
 
 
 def loss(answers: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of logits (N, C) for digits (N,); mean squared error of vectors (N, O)."""
+    """Cross-entropy of logits (N, C) for digits (N,); mean squared error of vectors (N, O). Of no
+    samples 0."""
+    if not len(y):
+        return answers.sum()
     return F.mse_loss(answers, y) if y.is_floating_point() else F.cross_entropy(answers, y)
 
 
@@ -79,27 +93,35 @@ def train(
     seed: int,
     lr: float = LEARNING_RATE,
     where: str = "training",
-) -> None:
+) -> int:
     """Fit weights to one task with a fresh AdamW (no decay): `loss`, among all classes, plus the
-    adapters' auxiliary losses. The seed decides the order of the batches.
+    adapters' auxiliary losses. The seed decides the order of the batches, of which each process
+    takes its part (parallel.py). Returns how many steps it took.
 
     Raises FloatingPointError, before the step is taken, if the loss is no finite number.
     """
+    weights = list(weights)
     optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
     x, y = task.x_train, task.y_train
+    mine = slice(parallel.process(), None, parallel.processes())
     model.train()
     step = 0
     for _ in range(epochs):
-        for rows in torch.randperm(len(y), generator=order).to(y.device).split(BATCH):
-            total = loss(model(x[rows]), y[rows]) + aux_loss(model)
+        for batch in torch.randperm(len(y), generator=order).to(y.device).split(BATCH):
+            rows = batch[mine]
+            share = len(rows) * parallel.processes() / len(batch)  # 1, but for a last batch
+            total = share * loss(model(x[rows]), y[rows]) + aux_loss(model)
             step += 1
             if not torch.isfinite(total):
                 raise FloatingPointError(f"{where}, step {step}: the loss is {total.item()}")
             optimiser.zero_grad()
             total.backward()
+            parallel.average(weights)
             optimiser.step()
+            after_step(model)
     model.eval()
+    return step
 
 
 def pretrain(stream: Stream, seed: int, device: torch.device | str = "cpu") -> Any:
@@ -144,7 +166,10 @@ class Learner:
 
 
 class Adapted(Learner):
-    """Every linear layer of the backbone under one scheme; between tasks it grows, or does not."""
+    """Every linear layer of the backbone under one scheme; between tasks it grows, or does not.
+
+    (learners.py has those of schemes that need more of their learner than that.)
+    """
 
     def __init__(
         self, model: nn.Module, scheme: type[Adapter], grows: bool = True, **settings: Any
@@ -152,11 +177,19 @@ class Adapted(Learner):
         super().__init__(model)
         adapt(model, scheme, targets=r"fc\d", **settings)
         self.grows = grows
+        self.telling = Telling(model, self.say)
+
+    def say(self, x: Tensor) -> dict[str, Tensor]:
+        """What the adapters are told of inputs x (N, D), in training and at test."""
+        return {}
 
     def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
         if t and self.grows:
             grow(self.model)
-        fit(self.model, parameters(self.model), stream.tasks[t])
+        fit(self.telling, parameters(self.model), stream.tasks[t])
+
+    def predict(self, x: Tensor, j: int) -> Tensor:
+        return self.telling(x)
 
     def count(self) -> dict[str, int]:
         return count(self.model)
@@ -190,8 +223,8 @@ def carry(
         done: called with the number of tasks that are newly finished.
 
     Returns: {"matrix": (T + 1, T) nested lists, the row before any task first; "found": what a
-    Recorder found, arrays by name; "seconds" spent learning; "trainable", "stored", "active"
-    parameters at the end}.
+    Recorder found, arrays by name; "seconds" spent learning, and per step of training in "step";
+    "trainable", "stored", "active" parameters at the end}.
 
     Raises ValueError on a checkpoint of another run, or no checkpoint; FloatingPointError as
     `train` does, naming scheme, task and step.
@@ -201,7 +234,8 @@ def carry(
     with torch.random.fork_rng():
         torch.manual_seed(task_seed(seed, 0))
         learner = make(copy.deepcopy(backbone), stream)
-        learned, seconds, matrix = 0, 0.0, torch.full((T + 1, T), torch.nan, dtype=torch.float64)
+        learned, matrix = 0, torch.full((T + 1, T), torch.nan, dtype=torch.float64)
+        spent = {"seconds": 0.0, "training": 0.0, "steps": 0}
         recorder = Recorder([task.x_test[:PROBES] for task in stream.tasks])
 
         def look(i: int) -> None:
@@ -215,7 +249,7 @@ def carry(
         if checkpoint is not None and checkpoint.exists():
             tensors, facts = read_tensors(checkpoint)
             differing(checkpoint, facts.get("run"), run)
-            learned, seconds, matrix = facts["learned"], facts["seconds"], tensors.pop("matrix")
+            learned, spent, matrix = facts["learned"], facts["spent"], tensors.pop("matrix")
             seen = [key for key in tensors if key.startswith("probe.")]
             recorder.load_state({key.removeprefix("probe."): tensors.pop(key) for key in seen})
             learner.load_state(tensors)
@@ -227,20 +261,24 @@ def carry(
             torch.manual_seed(task_seed(seed, t))
 
             def fit(model: nn.Module, weights: Iterable[nn.Parameter], task: Task, t: int = t):
-                where = f"{name}, task {t + 1} ({task.name})"
-                train(model, weights, task, epochs, task_seed(seed, t), where=where)
+                where, start = f"{name}, task {t + 1} ({task.name})", time.perf_counter()
+                steps = train(model, weights, task, epochs, task_seed(seed, t), where=where)
+                spent["steps"] += steps
+                spent["training"] += time.perf_counter() - start
 
             learner.learn(stream, t, fit)
-            seconds += time.perf_counter() - start
+            spent["seconds"] += time.perf_counter() - start
             look(t + 1)
-            if checkpoint is not None:
-                facts = {"run": run, "learned": t + 1, "seconds": seconds}
+            if checkpoint is not None and parallel.process() == 0:
+                facts = {"run": run, "learned": t + 1, "spent": spent}
                 saved = {f"probe.{key}": found for key, found in recorder.state().items()}
                 tensors = {"matrix": matrix, **saved, **learner.state()}
                 write_tensors(checkpoint, tensors, facts)
             done(1)
     found = {name: array.tolist() for name, array in recorder.found.items()}
-    return {"matrix": matrix.tolist(), "found": found, "seconds": seconds, **learner.count()}
+    step = spent["training"] / spent["steps"] if spent["steps"] else math.nan
+    times = {"seconds": spent["seconds"], "step": step}
+    return {"matrix": matrix.tolist(), "found": found, **times, **learner.count()}
 
 
 def task_seed(seed: int, t: int) -> int:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sparse import rank_sparse
+from .sparse import rank_scores, rank_sparse
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class Claims:
         sample, x being (samples, tokens, D), "batch" anything.
     expert: what has one weight: each "rank", or each "block" of as many as `block` says.
     top_k: at most as many experts as the setting `top_k` speak for a token.
-    simplex: their weights are 0 or more and sum to 1; in evaluation, to 1 at most.
+    simplex: their weights are 0 or more and sum to 1, or, if it is "kept", to the number of experts
+        kept; in evaluation, to that at most.
     as_lora: where all experts weigh the same, if top_k keeps all: settings, and numbers to fill
-        other rows with. There the layer is LoRA, its update divided by E if the claim is simplex.
+        other rows with. There the layer is LoRA, its update divided by E if weights sum to 1.
     mergeable: it has merge() and unmerge(), as LoRA has.
     equation: the layer is the one equation, g and z being what `gate` says.
     exact_gradient: nothing is left out of the backward pass.
@@ -54,7 +55,7 @@ class Claims:
     granularity: str = "batch"
     expert: str = "rank"
     top_k: bool = False
-    simplex: bool = False
+    simplex: bool | str = False
     as_lora: Mapping[str, float] | None = None
     mergeable: bool = False
     equation: bool = True
@@ -64,10 +65,12 @@ class Claims:
 class Adapter(nn.Module):
     """The skeleton: a frozen nn.Linear, frozen and live ranks, and the one equation.
 
-    A scheme is a subclass that states its `claims`, its `gate`, what a token reads (`active`), and
-    in `fresh` whatever it grows beside keys and values. Ranks of finished tasks are buffers
-    (`frozen_A`, `frozen_B`), ranks in training are parameters (`A`, `B`); frozen ones come first.
-    Nothing happens by itself: `grow` is what the caller says when a task ends.
+    A scheme is a subclass that states its `claims`, its `gate`, what a token reads (`active`), in
+    `fresh` whatever it grows beside keys and values, and in `shared` what all tasks train on. Ranks
+    of finished tasks are buffers (`frozen_A`, `frozen_B`), ranks in training are parameters (`A`,
+    `B`); frozen ones come first. Nothing happens by itself: `grow` is what the caller says when a
+    task ends, `after_step` when the optimiser has made a step, and what a gate needs beyond x comes
+    from where the caller says it (adapt.told).
 
     Args:
         base: the linear layer to adapt. It is wrapped, not copied; its weights are frozen.
@@ -79,8 +82,11 @@ class Adapter(nn.Module):
     """
 
     claims = Claims()
+    fixed: tuple[str, ...] = ()  # rows that no gradient trains: buffers, while live too
     path = "auto"  # of the rank-sparse product (sparse.py)
     aux: Tensor | None = None  # auxiliary loss of the last forward pass in training, if any
+    counts: Tensor | None = None  # (R,) how often each rank was chosen there, if it is counted
+    told: Mapping[str, Tensor] = {}  # what is said of the inputs, by name (adapt.told)
     A: Tensor
     B: Tensor
     frozen_A: Tensor
@@ -96,12 +102,17 @@ class Adapter(nn.Module):
         self.base, self.rank, self.scale = base.requires_grad_(False), rank, scale
         for name, rows in self.fresh().items():
             self.register_buffer(f"frozen_{name}", rows[:0].clone())
-            self.register_parameter(name, nn.Parameter(rows))
+            if name in self.fixed:
+                self.register_buffer(name, rows)
+            else:
+                self.register_parameter(name, nn.Parameter(rows))
+        for name, tensor in self.shared().items():
+            self.register_parameter(name, nn.Parameter(tensor))
 
     @property
     def ranks(self) -> int:
         """R, frozen and live."""
-        return len(self.frozen_A) + len(self.A)
+        return len(self.frozen_B) + len(self.B)
 
     @property
     def block(self) -> int:
@@ -124,15 +135,31 @@ class Adapter(nn.Module):
         A = nn.init.kaiming_uniform_(W0.new_empty(self.rank, D), a=math.sqrt(5))
         return {"A": A, "B": W0.new_zeros(self.rank, O)}
 
+    def shared(self) -> dict[str, Tensor]:
+        """What is learned but belongs to no task: every task trains on it. By default nothing."""
+        return {}
+
     def grow(self) -> None:
         """A task ends: freeze every live row and add fresh ones.
 
         The fresh rows are new parameters: give them a new optimiser.
         """
         for name, rows in self.fresh().items():
-            frozen = torch.cat([getattr(self, f"frozen_{name}"), getattr(self, name).detach()])
-            setattr(self, f"frozen_{name}", frozen)
-            setattr(self, name, nn.Parameter(rows))
+            setattr(self, f"frozen_{name}", self.rows(name).detach())
+            setattr(self, name, rows if name in self.fixed else nn.Parameter(rows))
+
+    def after_step(self) -> None:
+        """The optimiser has made a step: do what the scheme does between steps. By default
+        nothing."""
+
+    def rows(self, name: str) -> Tensor:
+        """All rows of that name, the frozen ones first."""
+        return torch.cat([getattr(self, f"frozen_{name}"), getattr(self, name)])
+
+    @property
+    def keys(self) -> Tensor:
+        """A (R, D), of all ranks."""
+        return self.rows("A")
 
     def project(self, x: Tensor, name: str) -> Tensor:
         """x against the frozen rows of that name, then against the live ones.
@@ -146,6 +173,37 @@ class Adapter(nn.Module):
         """(idx, g, z) for x (..., D): the kept ranks, their weights, and what they see, x Aᵀ at
         idx; each (..., K). idx None keeps all ranks, in order."""
         raise NotImplementedError
+
+    def of_blocks(self, x: Tensor, expert: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `gate` returns where whole blocks are kept: expert (..., k), by weights w (..., k)."""
+        ranks = torch.arange(self.block, device=x.device)
+        idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
+        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
+        return idx, w.repeat_interleave(self.block, -1), z
+
+    def hears(self) -> dict[str, range | int]:
+        """What the gate must be told of each sample, in the mode that the layer is in: by name, the
+        range of an index, or the width of a vector. By default nothing."""
+        return {}
+
+    def hear(self, name: str, x: Tensor) -> Tensor:
+        """What is said by that name of the samples in x (..., D), which are x's first axes: an index
+        (...) or a vector (..., F), with an axis of 1 for each of x's token axes.
+
+        Raises RuntimeError if nothing is said, ValueError if it is of other samples than x's.
+        """
+        if name not in self.told:
+            call = f"with told(model, {name}=...): model(x)"
+            raise RuntimeError(f"{type(self).__name__} must be told the {name}: {call}")
+        said, what = self.told[name], self.hears()[name]
+        width = () if isinstance(what, range) else (what,)
+        samples = said.shape[: said.ndim - len(width)]
+        if (*samples, *width) != said.shape or samples != x.shape[:-1][: len(samples)]:
+            raise ValueError(
+                f"{name} is {tuple(said.shape)}, allowed for x {tuple(x.shape)}: its first axes"
+                + "".join(f", then {size}" for size in width)
+            )
+        return said.reshape((*samples, *[1] * (x.ndim - 1 - len(samples)), *width))
 
     def active(self) -> int:
         """How many of the adapter's parameters the output for one token depends on by value."""
@@ -166,8 +224,8 @@ class Adapter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out `aux`: it is part of one step's graph."""
-        return self.__dict__ | {"aux": None}
+        """Copies and pickles leave out what belongs to one step."""
+        return self.__dict__ | {"aux": None, "counts": None, "told": {}}
 
 
 class LoRA(Adapter):
@@ -197,9 +255,8 @@ class LoRA(Adapter):
         self._stop_if_merged()
         W0 = self.base.weight
         self.unmerged = W0.detach().clone()
-        A, B = torch.cat([self.frozen_A, self.A]), torch.cat([self.frozen_B, self.B])
         with torch.no_grad():
-            W0 += self.scale * (B.T @ A)
+            W0 += self.scale * (self.rows("B").T @ self.keys)
 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""

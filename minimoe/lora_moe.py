@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import Adapter, Claims
-from .sparse import rank_scores
+from .parallel import everywhere
 
 
 class LoRAMoE(Adapter):
@@ -93,10 +93,7 @@ class LoRAMoE(Adapter):
         w = top.softmax(-1)
         if self.training and self.balance:
             self.aux = self.balance * switch_balance(logits, expert)
-        ranks = torch.arange(self.block, device=x.device)
-        idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
-        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
-        return idx, w.repeat_interleave(self.block, -1), z
+        return self.of_blocks(x, expert, w)
 
     def active(self) -> int:
         D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.block
@@ -111,9 +108,13 @@ def switch_balance(logits: Tensor, expert: Tensor) -> Tensor:
     """E · Σ_e f_e P_e: 1 where routing is uniform, up to E where one expert takes all.
 
     logits (..., E), expert (..., k) the kept ones; Switch Transformers eq. 4-6, with f_e counted
-    over all k slots. An empty batch gives 0.
+    over all k slots, and all tokens of all processes. An empty batch gives 0.
     """
-    E = logits.shape[-1]
-    f = expert.flatten().bincount(minlength=E) / max(expert.numel(), 1)
-    P = logits.softmax(-1).reshape(-1, E).sum(0) / max(logits.numel() // E, 1)
-    return E * (f * P).sum()
+    E, k = logits.shape[-1], expert.shape[-1]
+    kept = expert.flatten()
+    f = logits.new_zeros(E).scatter_add(0, kept, logits.new_ones(()).expand(len(kept)))
+    P = logits.softmax(-1).reshape(-1, E).sum(0)
+    sums = everywhere(torch.cat([f, P, P.new_full((1,), len(kept) / k)]))
+    f, P, tokens = sums.split([E, E, 1])
+    tokens = tokens.clamp_min(1)
+    return E * (f / (k * tokens) * (P / tokens)).sum()

@@ -5,7 +5,7 @@ from a subspace of the task's own. All that a scheme can answer is then one laye
 best of it can be written down. On the test inputs themselves, with e = y - W0 x what is lacking:
 
     one update of rank R for all tasks       min over Δ of rank R of Σ_t Σ‖e - Δ x‖² / Σ‖y‖²
-    (lora, lora_grown, joint)                = least squares, then its leading R directions
+    (lora, ewc, lora_grown, olora, joint)    = least squares, then its leading R directions
     one of rank r per task, and told which   the same, task by task
     (oracle)
     none (zero_shot)                         Δ = 0
@@ -69,7 +69,9 @@ def reachable(model: Any, stream: Stream, settings: dict[str, Any]) -> dict[str,
     limits = {
         "lora": limit(test, r),
         "zero_shot": limit(test, 0),
+        "ewc": limit(test, r),
         "lora_grown": limit(test, r * T),
+        "olora": limit(test, r * T),
         "joint": limit(test, r * T),
         "oracle": sum(limit([task], r) for task in test) / T,
     }

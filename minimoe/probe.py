@@ -91,8 +91,7 @@ class Recorder:
         for name, layer in layers.items():
             old = int(self.ranks[name][i - 1]) if i > 1 else layer.ranks
             if old < layer.ranks:
-                A, B = torch.cat([layer.frozen_A, layer.A]), torch.cat([layer.frozen_B, layer.B])
-                new.append(alike(A, B, old).mean())
+                new.append(alike(layer.keys, layer.rows("B"), old).mean())
         if new:
             self.found["alike"][i] = torch.stack(new).mean()
         modes = {module: module.training for module in model.modules()}

@@ -1,0 +1,78 @@
+"""EWC on LoRA: one update that every task trains on, held back where older tasks would feel it.
+
+Overcoming catastrophic forgetting in neural networks. Kirkpatrick et al., arXiv 1612.00796, eq. 3.
+
+Dense LoRA's equation, g = 1 (lora.py), without growth, and in training a penalty on leaving the
+weights theta*_t at which a task t ended, by the diagonal F_t of its Fisher information:
+
+    aux = importance / 2 · Σ over tasks t and weights i of F_t,i (theta_i - theta*_t,i)²
+
+Kept are ΣF = Σ_t F_t and the mean of the theta*_t weighted by F_t, theta*: up to a constant,
+ΣF (theta - theta*)² is the sum of them all.
+
+    F_i = mean over inputs x of (d ln p(y | x) / d theta_i)²        y drawn from the model's own p
+
+Axes: r ranks, D in, O out. A (r, D) keys, B (r, O) values: theta.
+
+Life: the caller's (learners.Consolidating): at a task's end, `consolidate` with its F. A rank that
+is new has F = 0.
+
+Departures: the paper has all weights of a network, and this the adapter's; where a LoRA's scale can
+pass between A and B, a diagonal F cannot tell. Its importance is per problem, here 100.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..lora import LoRA
+
+WEIGHTS = ("A", "B")
+
+
+class EWC(LoRA):
+    """LoRA under elastic weight consolidation. Parameters: 3 R (D + O), of which R (D + O) are active
+    (and the others ΣF and theta*).
+
+    Args beyond LoRA's:
+        importance: coefficient of the penalty, left in `aux` in training.
+
+    Raises ValueError if importance < 0.
+    """
+
+    fixed = ("fisher_A", "fisher_B", "anchor_A", "anchor_B")
+
+    def __init__(
+        self, base: nn.Linear, rank: int = 8, scale: float = 1.0, importance: float = 100.0
+    ):
+        if not importance >= 0:
+            raise ValueError(f"importance is {importance}, allowed: 0 or more")
+        super().__init__(base, rank, scale)
+        self.importance = importance
+
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+        if self.training:
+            each = [
+                (
+                    getattr(self, f"fisher_{w}")
+                    * (getattr(self, w) - getattr(self, f"anchor_{w}")) ** 2
+                )
+                for w in WEIGHTS
+            ]
+            self.aux = self.importance / 2 * sum(part.sum() for part in each)
+        return super().gate(x)
+
+    @torch.no_grad()
+    def consolidate(self, fisher: dict[str, Tensor]) -> None:
+        """A task ends here: keep its Fisher information, {"A": (r, D), "B": (r, O)}, and where it
+        was."""
+        for w in WEIGHTS:
+            old, anchor = getattr(self, f"fisher_{w}"), getattr(self, f"anchor_{w}")
+            total = old + fisher[w]
+            share = fisher[w] / total.clamp_min(torch.finfo(total.dtype).tiny)
+            anchor += share * (getattr(self, w) - anchor)
+            old += fisher[w]
+
+    def fresh(self) -> dict[str, Tensor]:
+        rows = super().fresh()
+        zeros = {name: torch.zeros_like(rows[name[-1]]) for name in self.fixed}
+        return rows | zeros

@@ -1,0 +1,96 @@
+"""FlyLoRA: keys that are random, sparse and never trained; the largest answers speak.
+
+FlyLoRA: Boosting Task Decoupling and Parameter Efficiency via Implicit Rank-Wise Mixture-of-
+Experts. Zou et al., arXiv 2510.08396.
+
+The one equation, with random keys as the router:
+
+    z = x Aᵀ                                A: p of D entries of each row are not 0, and
+                                            N(0, 1 / r²); p = D k / r, rounded down
+    keep the k largest |z + b|              b moves between steps
+    g = 1 for the kept, 0 elsewhere
+    y = x W0ᵀ + scale · (g ⊙ z) B
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, b (R,) biases; each rank is an expert: E = R,
+K = k.
+
+Balance, without a loss: after each step, c being how often each rank was chosen in it,
+
+    b <- b + u · sign(mean(c) - c)          for the live ranks
+
+Life: one task trains the values of r new ranks, with new random keys; all older ones are frozen,
+biases too. Random keys of different tasks are nearly orthogonal, which is to keep tasks apart.
+
+Departures: the paper trains tasks apart and merges them; here they come in sequence and compete.
+The choice by size is that of the authors' stand-alone file; their training code goes by sign
+(`signed`), which is the one of the two under which raising a rank's bias always makes it likelier.
+Keys are stored dense, zeros and all.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..lora import Adapter, Claims
+from .smora import chosen, rebalance
+
+
+class FlyLoRA(Adapter):
+    """Random keys, trained values. Parameters: R (D + O + 1), R O of them trained in their time;
+    active, R (D + 1) + k O if k < R.
+
+    Args beyond Adapter's (the default scale is the paper's alpha / r = 64 / 32):
+        top_k: k, ranks kept per token, at most all.
+        rate: u, how far a bias moves in a step.
+        signed: keep the largest z + b instead, as the authors' training code does.
+
+    Raises ValueError if top_k < 1 or rate < 0.
+    """
+
+    claims = Claims(zero_at_birth=True, granularity="token", top_k=True, as_lora={})
+    fixed = ("A", "bias")
+    bias: Tensor
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 32,
+        scale: float = 2.0,
+        top_k: int = 8,
+        rate: float = 0.01,
+        signed: bool = False,
+    ):
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
+        if not rate >= 0:
+            raise ValueError(f"rate is {rate}, allowed: 0 or more")
+        self.top_k, self.rate, self.signed = top_k, rate, signed
+        super().__init__(base, rank, scale)
+
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+        z = self.project(x, "A")  # (..., R)
+        score = z + self.rows("bias")
+        score = score if self.signed else score.abs()
+        idx = score.topk(min(self.top_k, self.ranks)).indices  # (..., k)
+        if self.training:
+            self.counts = chosen(idx, self.ranks)
+        return idx, 1.0, z.gather(-1, idx)
+
+    def active(self) -> int:
+        D, O = self.base.in_features, self.base.out_features
+        k = min(self.top_k, self.ranks)
+        return (
+            self.ranks * D + k * O + self.ranks * (k < self.ranks)
+        )  # biases: if there is a choice
+
+    def fresh(self) -> dict[str, Tensor]:
+        rows = super().fresh()
+        r, D = rows["A"].shape
+        p = max(1, D * min(self.top_k, r) // r)
+        places = torch.rand(r, D, device=rows["A"].device).argsort(-1)[:, :p]
+        values = rows["A"].new_empty(r, p).normal_(std=1 / r)
+        A = torch.zeros_like(rows["A"]).scatter_(1, places, values)
+        return {"A": A, "B": rows["B"], "bias": rows["B"].new_zeros(r)}
+
+    def after_step(self) -> None:
+        rebalance(self)

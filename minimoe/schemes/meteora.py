@@ -1,0 +1,100 @@
+"""MeteoRA: whole LoRAs, and a router that is told in training which of them a sample is for.
+
+MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models. Xu et al., arXiv 2405.13053.
+
+The one equation, with one weight per block of ranks:
+
+    z = x Aᵀ
+    l = x Wᵀ                                router logits, one per expert
+    w = softmax over the top k of l / tau   one weight per kept expert; they sum to 1
+    g = w_e for each rank of a kept expert e, 0 elsewhere
+    y = x W0ᵀ + scale · (g ⊙ z) B
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router; one expert per task: R = E·r
+and K = k·r.
+
+Supervision, in training: the `label` of a sample is the LoRA that it is for, and
+
+    aux = supervision · mean over tokens of the cross-entropy of l with the label
+
+Life: one task trains one new expert and its router row; all older ones are frozen.
+
+Departures: the paper takes LoRAs that are there already, one per task, and trains the gates alone,
+on data of all tasks. In a stream the new LoRA and its row train together, and on one task's data
+every label is the same, which a row satisfies by being large: here the method is out of its
+element.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..lora import Adapter, Claims
+from ..parallel import everywhere
+
+
+class MeteoRA(Adapter):
+    """A supervised router over whole LoRAs. Parameters: R (D + O) + E D; active, E D + k r (D + O).
+
+    Args beyond Adapter's:
+        top_k: k, experts kept per token, at most all.
+        tau: temperature of the softmax.
+        supervision: coefficient of the cross-entropy, left in `aux` in training.
+
+    Must be told, in training: label (...), the expert of each sample, from 0 to E - 1.
+    Raises ValueError if top_k < 1, supervision < 0, or tau is not above 0.
+    """
+
+    claims = Claims(
+        zero_at_birth=True,
+        granularity="token",
+        expert="block",
+        top_k=True,
+        simplex=True,
+        as_lora={"router": 0.0},
+    )
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 8,
+        scale: float = 1.0,
+        top_k: int = 2,
+        tau: float = 1.0,
+        supervision: float = 50.0,
+    ):
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
+        if not tau > 0:
+            raise ValueError(f"tau is {tau}, allowed: above 0")
+        if not supervision >= 0:
+            raise ValueError(f"supervision is {supervision}, allowed: 0 or more")
+        self.top_k, self.tau, self.supervision = top_k, tau, supervision
+        super().__init__(base, rank, scale)
+
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+        logits = self.project(x, "router")  # (..., E)
+        top, expert = logits.topk(min(self.top_k, logits.shape[-1]))  # (..., k)
+        w = (top / self.tau).softmax(-1)
+        if self.training:
+            label = self.hear("label", x).expand(x.shape[:-1])
+            self.aux = self.supervision * label_loss(logits, label)
+        return self.of_blocks(x, expert, w)
+
+    def active(self) -> int:
+        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.block
+        return E * D + min(self.top_k, E) * self.block * (D + O)
+
+    def fresh(self) -> dict[str, Tensor]:
+        rows = self.base.weight.new_empty(1, self.base.in_features)
+        return super().fresh() | {"router": rows.normal_(std=0.02)}
+
+    def hears(self) -> dict[str, range | int]:
+        return {"label": range(self.ranks // self.block)} if self.training else {}
+
+
+def label_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of logits (..., E) with label (...), the mean over the tokens of all processes:
+    0 for an empty batch."""
+    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), label.flatten(), reduction="sum")
+    return everywhere(loss) / everywhere(loss.new_tensor(float(label.numel()))).clamp_min(1)

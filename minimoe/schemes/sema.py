@@ -1,0 +1,125 @@
+"""SEMA: whole LoRAs under a soft router; a layer adds one only if none knows what it sees.
+
+Self-Expansion of Pre-trained Models with Mixture of Adapters for Continual Learning. Wang et al.,
+arXiv 2403.18886.
+
+The one equation, with one weight per block of ranks, the same for all tokens of a sample:
+
+    m = mean over the sample's tokens of x
+    z = x Aᵀ
+    w = softmax(m Wᵀ)                       one weight per expert; they sum to 1
+    g = w_e for each rank of expert e
+    y = x W0ᵀ + scale · (g ⊙ z) B
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept, h width
+of a descriptor. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router; an expert
+is r ranks. An x of three axes or more is (samples, tokens, D); of two or one, each row is a sample.
+
+Each expert has a descriptor, a linear autoencoder of what the layer saw while it was trained:
+
+    eps_e = mean over D of (m - m P_eᵀ Q_e)²                P (E·h, D) encoders, Q (E·h, D) decoders
+    s_e = |eps_e - mu_e| / sigma_e          mu_e, sigma_e: mean and deviation of eps_e in training;
+                                            0 with two samples or fewer
+    expand iff  min over e of (mean over samples of s_e) > threshold
+
+Life, which is the caller's (learners.Expanding): for a new task, layer by layer from the input on,
+if `surprised`, then `grow`, train the new expert and router row, then the live descriptor (its loss
+is left in `aux` in training), then `settle`. A layer that is not surprised stays as it is, and if
+none is nothing is trained.
+
+Departures: the paper's experts are adapters beside a transformer's MLP; these are LoRAs of any
+linear layer. Its head goes on training; the class embeddings here are frozen.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..lora import Adapter, Claims
+from ..parallel import everywhere
+
+
+class SEMA(Adapter):
+    """A soft router over LoRAs, one per surprise. Parameters: R (D + O) + E (D + 2 h D + 2); active,
+    R (D + O) + E D.
+
+    Args beyond Adapter's:
+        threshold: on s, in standard deviations; the paper's is 1 to 2.
+        width: h, of a descriptor's code.
+
+    Raises ValueError if width < 1, or threshold is no number.
+    """
+
+    claims = Claims(
+        zero_at_birth=True,
+        granularity="sample",
+        expert="block",
+        simplex=True,
+        as_lora={"router": 0.0},
+    )
+    fixed = ("mu", "sigma")
+    mu: Tensor
+    sigma: Tensor
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 16,
+        scale: float = 1.0,
+        threshold: float = 1.0,
+        width: int = 8,
+    ):
+        if threshold != threshold:
+            raise ValueError(f"threshold is {threshold}, allowed: any number")
+        if width < 1:
+            raise ValueError(f"width is {width}, allowed: 1 or more")
+        self.threshold, self.width = threshold, width
+        super().__init__(base, rank, scale)
+
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+        m = sample_mean(x)
+        w = self.project(m, "router").softmax(-1)  # (..., E), 1 for each token axis
+        if self.training:
+            eps = self.errors(m.detach())[..., -1]  # of the live descriptor
+            n = everywhere(eps.new_tensor(float(eps.numel()))).clamp_min(1)
+            self.aux = everywhere(eps.sum()) / n
+        g = w.repeat_interleave(self.block, -1).expand(*x.shape[:-1], self.ranks)
+        return None, g, self.project(x, "A")
+
+    def errors(self, m: Tensor) -> Tensor:
+        """eps (..., E) of every expert's descriptor, for m (..., D)."""
+        code = self.project(m, "P").unflatten(-1, (-1, self.width))  # (..., E, h)
+        decoders = self.rows("Q").unflatten(0, (-1, self.width))  # (E, h, D)
+        again = torch.einsum("...eh,ehd->...ed", code, decoders)
+        return (m.unsqueeze(-2) - again).square().mean(-1)
+
+    @torch.no_grad()
+    def surprised(self, x: Tensor) -> bool:
+        """Whether no descriptor knows x (..., D), the layer's inputs from a new task."""
+        eps = self.errors(sample_mean(x)).reshape(-1, self.ranks // self.block)
+        s = (eps - self.rows("mu")).abs() / self.rows("sigma")  # (samples, E)
+        return bool(s.mean(0).min() > self.threshold)
+
+    @torch.no_grad()
+    def settle(self, x: Tensor) -> None:
+        """Set mu and sigma of the live descriptor by x (..., D), what it was trained on."""
+        eps = self.errors(sample_mean(x))[..., -1].flatten()
+        if len(eps) > 2:
+            self.mu, self.sigma = eps.mean().view(1), eps.std().view(1)
+
+    def active(self) -> int:
+        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.block
+        return self.ranks * (D + O) + E * D
+
+    def fresh(self) -> dict[str, Tensor]:
+        rows = super().fresh()
+        D = self.base.in_features
+        router = rows["A"].new_empty(1, D).normal_(std=0.02)
+        P, Q = (nn.init.xavier_uniform_(rows["A"].new_empty(self.width, D)) for _ in range(2))
+        # not settled yet: an infinite deviation, so that s = 0
+        mu, sigma = router.new_zeros(1), router.new_full((1,), torch.inf)
+        return rows | {"router": router, "P": P, "Q": Q, "mu": mu, "sigma": sigma}
+
+
+def sample_mean(x: Tensor) -> Tensor:
+    """m: the mean of x (samples, tokens, D) over tokens, as (samples, 1, D)."""
+    return x.mean(tuple(range(1, x.ndim - 1)), keepdim=True) if x.ndim > 2 else x

@@ -1,0 +1,109 @@
+"""SMoRA: single ranks as experts, each with a row of a learned router.
+
+Each Rank Could be an Expert: Single-Ranked Mixture of Experts LoRA for Multi-Task Learning.
+Zhao et al., arXiv 2501.15103.
+
+The one equation, with sigmoid scores of a router, and biases that even out its choices:
+
+    z = x Aᵀ
+    s = sigmoid(x Wᵀ) + b                   one score per rank; b moves between steps
+    keep the k largest s
+    g = k · s / Σ s over the kept           weights that sum to k
+    y = x W0ᵀ + scale · (g ⊙ z) B
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (R, D) router, b (R,) biases; each rank is
+an expert: E = R, K = k.
+
+Balance, without a loss: after each step, c being how often each rank was chosen in it,
+
+    b <- b + u · sign(mean(c) - c)          for the live ranks
+
+Life: one task trains r new ranks and their router rows; all older ones are frozen, biases too.
+
+Departures: the paper trains one task mixture and never grows. The bias is part of the weight, as in
+the authors' code (DeepSeek's, from which it is taken, only moves the choice). The router's rows are
+drawn from N(0, .02), which the paper does not give.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..lora import Adapter, Claims
+from ..parallel import everywhere
+from ..sparse import rank_scores
+
+
+class SMoRA(Adapter):
+    """Single ranks under a router. Parameters: R (2 D + O + 1); active, R (D + 1) + k (D + O).
+
+    Args beyond Adapter's (the default scale is the paper's alpha / k = 16 / 8):
+        top_k: k, ranks kept per token, at most all.
+        rate: u, how far a bias moves in a step.
+
+    Raises ValueError if top_k < 1 or rate < 0.
+    """
+
+    claims = Claims(
+        zero_at_birth=True,
+        granularity="token",
+        top_k=True,
+        simplex="kept",
+        as_lora={"router": 0.0, "bias": 0.0},
+    )
+    fixed = ("bias",)
+    bias: Tensor
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 64,
+        scale: float = 2.0,
+        top_k: int = 8,
+        rate: float = 1e-5,
+    ):
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
+        if not rate >= 0:
+            raise ValueError(f"rate is {rate}, allowed: 0 or more")
+        self.top_k, self.rate = top_k, rate
+        super().__init__(base, rank, scale)
+
+    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+        logits = self.project(x, "router")  # (..., R), of which 16 bits lose the small sigmoids
+        s = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        top, idx = (s + self.rows("bias")).topk(min(self.top_k, self.ranks))  # (..., k)
+        total = top.sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+        g = top.shape[-1] * top / total
+        if self.training:
+            self.counts = chosen(idx, self.ranks)
+        return idx, g, rank_scores(x, idx, self.frozen_A, self.A, self.path)
+
+    def active(self) -> int:
+        D, O = self.base.in_features, self.base.out_features
+        return self.ranks * (D + 1) + min(self.top_k, self.ranks) * (D + O)
+
+    def fresh(self) -> dict[str, Tensor]:
+        rows = super().fresh()
+        router = torch.empty_like(rows["A"]).normal_(std=0.02)
+        return rows | {"router": router, "bias": rows["A"].new_zeros(self.rank)}
+
+    def after_step(self) -> None:
+        rebalance(self)
+
+
+def chosen(idx: Tensor, R: int) -> Tensor:
+    """c (R,): how often each rank is in idx (..., K)."""
+    kept = idx.flatten()
+    c = torch.zeros(R, device=idx.device)
+    return c.scatter_add(0, kept, torch.ones_like(kept, dtype=c.dtype))
+
+
+@torch.no_grad()
+def rebalance(layer: Adapter) -> None:
+    """b <- b + u · sign(mean(c) - c) for a layer's live ranks, c (R,) being its `counts` of the last
+    step, summed over processes, and u its `rate`. Twice in a step is once."""
+    if layer.counts is not None:
+        c = everywhere(layer.counts)
+        layer.counts, live = None, layer.bias
+        live += layer.rate * (c.mean() - c).sign()[-len(live) :]
