@@ -40,7 +40,7 @@ class ClassMean(Learner):
         self.total[source].index_add_(0, task.y_train.cpu(), features)
         self.seen[source] += task.y_train.cpu().bincount(minlength=self.seen.shape[1])
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         self._add(1, stream.tasks[t])
 
     def predict(self, x: Tensor, j: int) -> Tensor:
@@ -64,7 +64,7 @@ class HeadOnly(Learner):
 
     model: Backbone
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         self.model.classes.requires_grad_(True)
         fit(self.model, [self.model.classes], stream.tasks[t])
 
@@ -88,7 +88,7 @@ class Joint(Adapted):
     def __init__(self, model: nn.Module, **settings: Any):
         super().__init__(model, LoRA, grows=False, **settings)
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         if t == len(stream.tasks) - 1:
             every = [
                 torch.cat([getattr(task, name) for task in stream.tasks])

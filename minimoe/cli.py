@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import SCHEMES, __version__, bench, streams
+from . import SCHEMES, __version__, bench, parallel, streams
 from .compare import LEARNERS, TOY, compare, learners, table
 from .files import write_atomic
 from .studies import STUDIES
@@ -41,7 +41,12 @@ def parser() -> Parser:
         "compare", help="carry schemes through a stream of tasks"
     ).add_argument
     add("--stream", default="permuted-digits", help="default %(default)s; see minimoe list")
-    add("--schemes", nargs="+", metavar="NAME", help="default all; see minimoe list")
+    add(
+        "--schemes",
+        nargs="+",
+        metavar="NAME",
+        help="default the three and the baselines; all for the atlas too; see minimoe list",
+    )
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")
     add("--tasks", type=int, default=5, metavar="N", help="default %(default)s")
     add("--epochs", type=int, metavar="N", help=f"per task, default {TOY['epochs']}")
@@ -112,7 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fail(message: str, status: int) -> int:
-    print(f"minimoe: error: {' '.join(message.split())}", file=sys.stderr)
+    if parallel.process() == 0:
+        print(f"minimoe: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
@@ -133,14 +139,18 @@ def run_compare(args: argparse.Namespace) -> int:
     # the same bits whatever the number of cores.
     torch.set_num_threads(1)
     device_is_here(args.device)
-    out = output_folder("compare", args.out, args.resume)
+    parallel.start(args.device)
+    first = parallel.process() == 0
+    out = parallel.agreed(output_folder("compare", args.out, args.resume) if first else None)
     settings: dict[str, Any] = dict(TOY)
     for name in ("epochs", "rank", "tau", "delta"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
     if args.top_k is not None:
         settings["top_k"] = dict.fromkeys(TOY["top_k"], args.top_k)
-    schemes = list(dict.fromkeys(args.schemes or learners(args.stream)))
+    schemes = list(dict.fromkeys(args.schemes or learners(args.stream, atlas=False)))
+    if "all" in schemes:
+        schemes = learners(args.stream)
     seeds = list(dict.fromkeys(args.seeds))
     if min(seeds) < 0:
         raise ValueError(f"seeds is {min(seeds)}, allowed: 0 or more")
@@ -148,9 +158,15 @@ def run_compare(args: argparse.Namespace) -> int:
 
     def done(label: str, tasks: int) -> None:
         nonlocal bar
-        if bar is None:
+        if bar is None and first:
             print(f"writing to {out}", flush=True)
-            bar = tqdm(total=len(schemes) * len(seeds) * args.tasks, unit="task", leave=False)
+        if bar is None:
+            bar = tqdm(
+                disable=not first,
+                total=len(schemes) * len(seeds) * args.tasks,
+                unit="task",
+                leave=False,
+            )
         bar.set_description(label)
         bar.update(tasks)
 
@@ -159,6 +175,9 @@ def run_compare(args: argparse.Namespace) -> int:
     finally:
         if bar is not None:
             bar.close()
+    parallel.stop()
+    if not first:
+        return 0
     from .plots import plot_compare, plot_gates
 
     write_atomic(out / "compare.json", (json.dumps(result, indent=1) + "\n").encode())

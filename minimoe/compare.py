@@ -56,8 +56,8 @@ Make = Callable[..., Learner]  # of (model, stream, settings)
 
 
 def _scheme(make: Callable[..., Learner], name: str, *knobs: str) -> Make:
-    """A learner of r ranks a task at scale 1, and of the settings `knobs`; those that are a scheme's
-    own are under its name."""
+    """A learner of r ranks a task at scale 1, and of the settings `knobs`; those that each scheme
+    has its own of are under its name."""
 
     def made(model: Any, stream: Any, settings: Settings) -> Learner:
         own = {knob: settings[knob] for knob in knobs}

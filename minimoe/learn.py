@@ -140,7 +140,7 @@ class Learner:
     def __init__(self, model: Any):  # a Backbone, or whatever `blank` makes
         self.model = model
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         """Learn task t, those before it having been learned; fit(model, weights, task) trains."""
 
     def predict(self, x: Tensor, j: int) -> Tensor:
@@ -183,7 +183,7 @@ class Adapted(Learner):
         """What the adapters are told of inputs x (N, D), in training and at test."""
         return {}
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         if t and self.grows:
             grow(self.model)
         fit(self.telling, parameters(self.model), stream.tasks[t])
@@ -246,7 +246,7 @@ def carry(
             else:
                 recorder.record(learner.model, learner.predict)
 
-        if checkpoint is not None and checkpoint.exists():
+        if checkpoint is not None and parallel.agreed(checkpoint.exists()):
             tensors, facts = read_tensors(checkpoint)
             differing(checkpoint, facts.get("run"), run)
             learned, spent, matrix = facts["learned"], facts["spent"], tensors.pop("matrix")

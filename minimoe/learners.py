@@ -29,7 +29,7 @@ class Labelled(Adapted):
     def say(self, x: Tensor) -> dict[str, Tensor]:
         return {"label": torch.full(x.shape[:1], self.label, device=x.device)}
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         self.label = t
         super().learn(stream, t, fit)
 
@@ -67,7 +67,7 @@ class Intuitive(Embedded):
     def say(self, x: Tensor) -> dict[str, Tensor]:
         return {"embedding": self.embed(x)}
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         def fit_with_centres(model: nn.Module, weights: Any, task: Task) -> None:
             layers = [cast(MoR1E, layer) for _, layer in adapters(model)]
             self.clusters = layers[0].rank
@@ -85,14 +85,15 @@ class Clustered(Embedded):
     def __init__(self, model: nn.Module, clusters: int, **settings: Any):
         super().__init__(model, MoCLE, clusters=clusters, **settings)
         self.clusters = clusters
-        self.known = self.embed(torch.zeros(1, model.fc1.base.in_features))[:0]  # (0, F)
+        first = next(p for p in self.frozen.parameters())  # (out, in), on the model's device
+        self.known = self.embed(first.new_zeros(0, first.shape[1]))  # (0, F)
 
     def say(self, x: Tensor) -> dict[str, Tensor]:
         if not len(self.known):  # before any task
             return {"cluster": torch.zeros(len(x), dtype=torch.int64, device=x.device)}
         return {"cluster": torch.cdist(self.embed(x), self.known.to(x)).argmin(-1)}
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         self.known = torch.cat([self.known, self.centres(stream.tasks[t]).to(self.known)])
         super().learn(stream, t, fit)
 
@@ -116,7 +117,7 @@ class Expanding(Adapted):
     def __init__(self, model: nn.Module, **settings: Any):
         super().__init__(model, SEMA, **settings)
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         layers = [cast(SEMA, layer) for _, layer in adapters(self.model)]
         task = stream.tasks[t]
         if t == 0:  # no expert knows anything yet: all learn at once
@@ -127,7 +128,7 @@ class Expanding(Adapted):
                 layer.grow()
                 self._train([layer], task, fit)
 
-    def _train(self, layers: list[SEMA], task: Task, fit: Callable[..., None]) -> None:
+    def _train(self, layers: list[SEMA], task: Task, fit: Callable[..., Any]) -> None:
         """The live experts of these layers, then their descriptors."""
         fit(self.telling, [w for n in layers for w in (n.A, n.B, n.router)], task)
         fit(self.telling, [w for n in layers for w in (n.P, n.Q)], task)
@@ -154,7 +155,7 @@ class Consolidating(Adapted):
     def __init__(self, model: nn.Module, **settings: Any):
         super().__init__(model, EWC, grows=False, **settings)
 
-    def learn(self, stream: Stream, t: int, fit: Callable[..., None]) -> None:
+    def learn(self, stream: Stream, t: int, fit: Callable[..., Any]) -> None:
         super().learn(stream, t, fit)
         x = stream.tasks[t].x_train
         fisher = fisher_information(

@@ -175,7 +175,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def of_blocks(self, x: Tensor, expert: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `gate` returns where whole blocks are kept: expert (..., k), by weights w (..., k)."""
+        """What `gate` returns where whole blocks are kept: expert (..., k), their weights w."""
         ranks = torch.arange(self.block, device=x.device)
         idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
         z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
@@ -187,8 +187,8 @@ class Adapter(nn.Module):
         return {}
 
     def hear(self, name: str, x: Tensor) -> Tensor:
-        """What is said by that name of the samples in x (..., D), which are x's first axes: an index
-        (...) or a vector (..., F), with an axis of 1 for each of x's token axes.
+        """What is said by that name of the samples in x (..., D), which are x's first axes: an
+        index (...) or a vector (..., F), with an axis of 1 for each of x's token axes.
 
         Raises RuntimeError if nothing is said, ValueError if it is of other samples than x's.
         """

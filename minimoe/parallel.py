@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as summed
 from torch import Tensor, nn
 
 
 def start(device: str = "cpu") -> None:
     """Join the other processes, if torchrun started this one (gloo on a CPU, NCCL on a GPU)."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if torch.device(device).type == "cpu" else "nccl")
+        on_cpu = torch.device(device).type == "cpu"
+        if not on_cpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo" if on_cpu else "nccl")
 
 
 def stop() -> None:
@@ -41,7 +43,21 @@ def process() -> int:
 
 def everywhere(sums: Tensor) -> Tensor:
     """The sum of `sums` over all processes. Its gradient is that of the sum of their losses."""
-    return summed.all_reduce(sums) if processes() > 1 else sums
+    return _Everywhere.apply(sums) if processes() > 1 else sums
+
+
+class _Everywhere(torch.autograd.Function):
+    """Both ways a sum: what one process says is heard by all, and so is blamed by all."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor) -> Tensor:
+        total = sums.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Everywhere.forward(ctx, *grads)
 
 
 def average(weights: Iterable[nn.Parameter]) -> None:

@@ -145,8 +145,12 @@ BENCH_COLUMNS = (("forward", "forward"), ("training", "training step"))
 
 
 def plot_study(result: dict[str, Any], path: Path) -> None:
-    """A study's panels: lines of means over seeds, and ± one standard deviation."""
+    """A study's panels: lines of means over seeds, and ± one standard deviation; or, where a panel
+    names its rows, a point for each."""
     panels = result["panels"]
+    if "names" in panels[0]:
+        _plot_points(result, path)
+        return
     across = len(panels) if len(panels) < 4 else 3 if len(panels) > 4 else 2
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(1 + 4.6 * across, 1.2 + 3.9 * down), layout="constrained")
@@ -176,6 +180,32 @@ def plot_study(result: dict[str, Any], path: Path) -> None:
     else:
         for axes in grid[: len(panels)]:
             axes.legend(fontsize=8)
+    seeds = ", ".join(map(str, result["seeds"]))
+    figure.suptitle(f"{result['study']}: {result['asks']} Seeds {seeds}")
+    _write(figure, path)
+
+
+def _plot_points(result: dict[str, Any], path: Path) -> None:
+    """Rows from the top down, panels side by side, means and ± one standard deviation."""
+    panels = result["panels"]
+    names, kinds = panels[0]["names"], panels[0]["kinds"]
+    figure = Figure(
+        figsize=(1.6 + 2.9 * len(panels), 1.6 + 0.27 * len(names)), layout="constrained"
+    )
+    grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axes, panel in zip(grid, panels, strict=True):
+        for i, kind in enumerate(dict.fromkeys(kinds)):
+            at = [y for y, other in enumerate(kinds) if other == kind]
+            mean, std = ([panel["lines"][y][key][0] for y in at] for key in ("mean", "std"))
+            style = {"fmt": MARKERS[i], "color": COLOURS[i], "ms": 6, "capsize": 3}
+            axes.errorbar(mean, at, xerr=std, label=kind, **style)
+        axes.set(title=panel["title"], xlabel=panel["xlabel"], xlim=(0, 1))
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(alpha=0.3)
+    figure.legend(
+        *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     seeds = ", ".join(map(str, result["seeds"]))
     figure.suptitle(f"{result['study']}: {result['asks']} Seeds {seeds}")
     _write(figure, path)

@@ -1,10 +1,11 @@
-"""The five studies: what is run, what is measured, what the numbers are asked (study.py runs them).
+"""The studies: what is run, what is measured, what the numbers are asked (study.py runs them).
 
 All are carried through toy streams with the settings of `minimoe compare` (compare.TOY), but for
 what a row's label says.
 """
 
 import functools
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from . import streams
 from .adapt import adapt, aux_loss, grow, parameters
 from .bench import Clock
-from .compare import TOY
+from .compare import LEARNERS, TOY
 from .learn import BATCH, Adapted, Backbone, carry, pretrain
 from .lora import Adapter, LoRA
 from .lora_moe import LoRAMoE
-from .metrics import acc, bwt
+from .metrics import acc, bwt, forgetting
 from .mora import MoRA
 from .probe import PROBLEMS
 from .study import Cell, Claim, Comparison, Rows, Study
@@ -722,6 +723,82 @@ def grain_claims(rows: Rows) -> list[Claim]:
     ]
 
 
+# atlas
+
+ATLAS_STREAMS = {
+    "permuted-digits": "permuted",
+    "rotated-digits": "rotated",
+    "split-digits": "split",
+    "digit-worlds": "worlds",
+}
+
+
+def atlas_cells(seeds: list[int], quick: bool) -> list[Cell]:
+    """All that `compare` knows, each through four streams, at its settings."""
+    tasks = dict.fromkeys(list(ATLAS_STREAMS)[: 2 if quick else 4], 2 if quick else 5)
+    settings = TOY | {"epochs": 2 if quick else TOY["epochs"]}
+    rows = {name: {"streams": tasks, "settings": settings} for name in LEARNERS}
+    return cells_of("atlas", rows, seeds, epochs=settings["epochs"])
+
+
+def atlas_measure(cell: Cell) -> dict[str, Any]:
+    """Final accuracy and forgetting on each stream, of those that the cell names."""
+    found = {}
+    for name in ATLAS_STREAMS:
+        found[f"acc {name}"] = found[f"forgetting {name}"] = math.nan
+    for name, tasks in cell["streams"].items():
+        stream, backbone = _start(name, tasks, cell["seed"])
+        make = functools.partial(LEARNERS[cell["row"]][1], settings=cell["settings"])
+        label = f"{cell['row']}, {name}, seed {cell['seed']}"
+        R = carry(make, backbone, stream, cell["seed"], cell["epochs"], name=label)["matrix"]
+        found[f"acc {name}"], found[f"forgetting {name}"] = acc(R), forgetting(R)
+    return found
+
+
+def _atlas_kind(name: str) -> str:
+    """One of "scheme", "atlas", "baseline", "bound"."""
+    return LEARNERS[name][0].partition(":")[0]
+
+
+def _atlas_streams(rows: Rows) -> list[str]:
+    one = rows[next(iter(rows))]
+    return [name for name in ATLAS_STREAMS if not any(map(math.isnan, one[f"acc {name}"]))]
+
+
+def atlas_panels(rows: Rows) -> list[dict[str, Any]]:
+    return [
+        {
+            "title": name,
+            "xlabel": "ACC",
+            "names": list(rows),
+            "kinds": [_atlas_kind(row) for row in rows],
+            "lines": [line(row, [[value] for value in rows[row][f"acc {name}"]]) for row in rows],
+        }
+        for name in _atlas_streams(rows)
+    ]
+
+
+def atlas_finding(rows: Rows) -> str:
+    """Who is first on each stream but for the bounds, and whom the numbers do not tell from it."""
+    parts = []
+    for name in _atlas_streams(rows):
+        accs = {row: rows[row][f"acc {name}"] for row in rows if _atlas_kind(row) != "bound"}
+        best = max(accs, key=lambda row: statistics.fmean(accs[row]))
+        near = [row for row in accs if row != best and beside(accs[best], accs[row]) != "above"]
+        level = f", not told from {', '.join(near)}" if near else ""
+        place = sorted(accs, key=lambda row: -statistics.fmean(accs[row])).index("mora") + 1
+        own = f"; mora {mean(accs['mora'])}, no. {place}" if best != "mora" else ""
+        parts.append(f"on {name} {best} ({mean(accs[best])}{level}{own})")
+    return (
+        f"First of {len(accs)} that are not told the task or shown all at once: {'; '.join(parts)}."
+    )
+
+
+def atlas_claims(rows: Rows) -> list[Claim]:
+    """Of the paper's list, none: claim 8 is put at equal parameters, in routing."""
+    return []
+
+
 COLUMNS = {"acc": "ACC", "bwt": "BWT", **{name: name for name in PROBLEMS}}
 STUDIES = {
     "routing": Study(
@@ -775,5 +852,18 @@ STUDIES = {
         grain_panels,
         grain_finding,
         grain_claims,
+    ),
+    "atlas": Study(
+        "Every scheme on four streams: final accuracy, and forgetting (F).",
+        atlas_cells,
+        atlas_measure,
+        {
+            f"{measure} {name}": f"{mark}{short}"
+            for measure, mark in (("acc", ""), ("forgetting", "F "))
+            for name, short in ATLAS_STREAMS.items()
+        },
+        atlas_panels,
+        atlas_finding,
+        atlas_claims,
     ),
 }

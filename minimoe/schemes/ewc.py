@@ -18,7 +18,8 @@ Life: the caller's (learners.Consolidating): at a task's end, `consolidate` with
 is new has F = 0.
 
 Departures: the paper has all weights of a network, and this the adapter's; where a LoRA's scale can
-pass between A and B, a diagonal F cannot tell. Its importance is per problem, here 100.
+pass between A and B, a diagonal F cannot tell. Its importance is per problem; 10 did best of
+1 to 10,000 on permuted-digits.
 """
 
 import torch
@@ -30,8 +31,8 @@ WEIGHTS = ("A", "B")
 
 
 class EWC(LoRA):
-    """LoRA under elastic weight consolidation. Parameters: 3 R (D + O), of which R (D + O) are active
-    (and the others ΣF and theta*).
+    """LoRA under elastic weight consolidation. Parameters: 3 R (D + O), a third of them active (the
+    others are ΣF and theta*).
 
     Args beyond LoRA's:
         importance: coefficient of the penalty, left in `aux` in training.
@@ -42,7 +43,7 @@ class EWC(LoRA):
     fixed = ("fisher_A", "fisher_B", "anchor_A", "anchor_B")
 
     def __init__(
-        self, base: nn.Linear, rank: int = 8, scale: float = 1.0, importance: float = 100.0
+        self, base: nn.Linear, rank: int = 8, scale: float = 1.0, importance: float = 10.0
     ):
         if not importance >= 0:
             raise ValueError(f"importance is {importance}, allowed: 0 or more")

@@ -11,17 +11,18 @@ The one equation, with one weight per block of ranks, none of them 0:
     y = x W0ᵀ + scale · (g ⊙ z) B
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
-x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router; one expert per task: R = E·r.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router; one expert per task, so
+R = E·r.
 
-Localized balancing, in training: experts and samples are of types, and weight should go to experts
-of a sample's own type. With m a sample and n an expert,
+Localized balancing, in training: experts and samples are of types, and weight is balanced with
+regard to whether they are the same. With m a sample and n an expert,
 
     Q[m, n] = Σ over the sample's tokens of w_n
     I[m, n] = 1 + delta if the types are the same, 1 - delta if not
     aux = balance · var(Z) / mean(Z)        Z = I ⊙ Q, over all samples and experts
 
-which is 0 iff Q is proportional to 1 / I. (That puts less weight where I is large: the loss alone
-would draw weight away from a sample's own type. The paper's loss has that sign, and so has this.)
+which is 0 iff Q is proportional to 1 / I. (So by itself it draws weight away from a sample's own
+type, where I is large. That is the paper's sign, and this one's.)
 
 Life: one task trains one new expert and its router row; all older ones are frozen. Types are tasks:
 the `label` that it is told in training is the task of each sample.

@@ -12,13 +12,14 @@ The one equation for the chosen expert, and a universal expert beside it:
     y = x W0ᵀ + scale · (g ⊙ z) B + scale · (1 - G) · (x UAᵀ) UB
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept, M width
-of a cluster's embedding. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, UA (r, D), UB (r, O)
-the universal expert, W (E, M) router, C (clusters, M); one expert per task: R = E·r, K = r.
+of a cluster's embedding. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, UA (r, D) and
+UB (r, O) the universal expert, W (E, M) router, C (clusters, M); one expert per task: R = E·r and
+K = r.
 
 Life: one task trains one new expert and its router row, and the embeddings of the new clusters that
 it brings; older ones are frozen. The universal expert trains on, from the second task on: a single
-expert has G = 1. Clusters are k-means clusters of the samples' embeddings, and are the caller's: the
-layer only learns which one a sample is in.
+expert has G = 1. Clusters are k-means clusters of the samples' embeddings, and are the caller's:
+the layer only learns which one a sample is in.
 
 Departures: the paper clusters all data once and trains four experts at once. The authors' code
 multiplies the chosen expert by G twice. M is not given there; here 16.
@@ -26,7 +27,6 @@ multiplies the chosen expert by G twice. M is not given there; here 16.
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

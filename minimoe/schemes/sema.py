@@ -39,8 +39,8 @@ from ..parallel import everywhere
 
 
 class SEMA(Adapter):
-    """A soft router over LoRAs, one per surprise. Parameters: R (D + O) + E (D + 2 h D + 2); active,
-    R (D + O) + E D.
+    """A soft router over LoRAs, one per surprise. Parameters: R (D + O) + E (D + 2 h D + 2);
+    active, R (D + O) + E D.
 
     Args beyond Adapter's:
         threshold: on s, in standard deviations; the paper's is 1 to 2.

@@ -26,6 +26,8 @@ the authors' code (DeepSeek's, from which it is taken, only moves the choice). T
 drawn from N(0, .02), which the paper does not give.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -100,9 +102,9 @@ def chosen(idx: Tensor, R: int) -> Tensor:
 
 
 @torch.no_grad()
-def rebalance(layer: Adapter) -> None:
-    """b <- b + u · sign(mean(c) - c) for a layer's live ranks, c (R,) being its `counts` of the last
-    step, summed over processes, and u its `rate`. Twice in a step is once."""
+def rebalance(layer: Any) -> None:
+    """b <- b + u · sign(mean(c) - c) for a layer's live ranks, c (R,) being its `counts` of the
+    last step, summed over processes, and u its `rate`. Twice in a step is once."""
     if layer.counts is not None:
         c = everywhere(layer.counts)
         layer.counts, live = None, layer.bias
