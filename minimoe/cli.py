@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
             "study": "; the same command goes on from the finished cells",
         }.get(args.command, "")
         return fail(f"interrupted{go_on}", 130)
+    finally:
+        parallel.stop()
 
 
 def fail(message: str, status: int) -> int:
@@ -175,7 +177,6 @@ def run_compare(args: argparse.Namespace) -> int:
     finally:
         if bar is not None:
             bar.close()
-    parallel.stop()
     if not first:
         return 0
     from .plots import plot_compare, plot_gates
