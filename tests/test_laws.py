@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from minimoe import SCHEMES, Adapter, Claims, LoRA, LoRAMoE, MoRA
+from minimoe import SCHEMES, Adapter, Claims, FlyLoRA, LoRA, LoRAMoE, MoRA
 from minimoe.baselines import ToldLoRA
 from minimoe.laws import LAWS, Broken, check, hold, load, says, table
 from minimoe.template import NewScheme
@@ -24,12 +24,24 @@ UNCLAIMED = {
     "lora_moe, 2 a task": {"merge_is_equal"},
     "mora": {"merge_is_equal"},
     "mora detached": {"merge_is_equal", "exact_gradient"},
+    "smora": {"merge_is_equal"},
+    "flylora": {"simplex", "merge_is_equal"},
+    "flylora signed": {"simplex", "merge_is_equal"},
+    "mor1e": {"support", "simplex", "degenerates_to_lora", "merge_is_equal"},
+    "loramoe": {"support", "merge_is_equal"},
+    "mosld": {"merge_is_equal"},
+    "mocle": {"equation", "support", "simplex", "degenerates_to_lora", "merge_is_equal"},
+    "meteora": {"merge_is_equal"},
+    "sema": {"support", "merge_is_equal"},
+    "olora": {"support", "simplex"},
+    "ewc": {"support", "simplex"},
     "told": {"support", "simplex", "degenerates_to_lora", "merge_is_equal"},
     "template": {"support", "simplex", "merge_is_equal"},
 }
 EVERY = {name: (scheme, {}) for name, scheme in SCHEMES.items()} | {
     "lora_moe, 2 a task": (LoRAMoE, {"rank": 4, "experts": 2}),
     "mora detached": (MoRA, {"detach_gate": True, "tau": 0.1}),
+    "flylora signed": (FlyLoRA, {"signed": True}),
     "told": (ToldLoRA, {}),
     "template": (NewScheme, {}),
 }

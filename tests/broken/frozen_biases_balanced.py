@@ -1,0 +1,12 @@
+"""Balancing moves the biases of frozen ranks too: older tasks' ranks weigh otherwise."""
+
+from minimoe import SMoRA
+
+LAW = "only_live_learns"
+
+
+class Scheme(SMoRA):
+    def after_step(self):
+        if self.counts is not None:
+            self.frozen_bias += self.rate
+        super().after_step()
