@@ -172,7 +172,7 @@ def fisher_information(model: nn.Module, x: Tensor) -> dict[str, dict[str, Tenso
 
     p is the softmax of the model's logits (N, C) for x (N, D); for a model whose answers are
     vectors (one without class embeddings) a normal distribution around them, of deviation 1. One
-    backward pass per input: a square of a sum is not the sum of squares.
+    backward pass per input: the square of a batch's gradient is a noisier guess at the same.
     """
     weights = parameters(model)
     sums = [torch.zeros_like(w) for w in weights]

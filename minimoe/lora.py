@@ -144,6 +144,7 @@ class Adapter(nn.Module):
 
         The fresh rows are new parameters: give them a new optimiser.
         """
+        self.counts = None
         for name, rows in self.fresh().items():
             setattr(self, f"frozen_{name}", self.rows(name).detach())
             setattr(self, name, rows if name in self.fixed else nn.Parameter(rows))
@@ -190,7 +191,8 @@ class Adapter(nn.Module):
         """What is said by that name of the samples in x (..., D), which are x's first axes: an
         index (...) or a vector (..., F), with an axis of 1 for each of x's token axes.
 
-        Raises RuntimeError if nothing is said, ValueError if it is of other samples than x's.
+        Raises RuntimeError if nothing is said, ValueError if it is of other samples than x's, or
+        an index out of its range (looked at on a CPU only: a GPU would have to be waited for).
         """
         if name not in self.told:
             call = f"with told(model, {name}=...): model(x)"
@@ -203,6 +205,11 @@ class Adapter(nn.Module):
                 f"{name} is {tuple(said.shape)}, allowed for x {tuple(x.shape)}: its first axes"
                 + "".join(f", then {size}" for size in width)
             )
+        look = said.device.type == "cpu" and not torch.compiler.is_compiling()
+        if isinstance(what, range) and look and said.numel():
+            for end in (int(said.min()), int(said.max())):
+                if end not in what:
+                    raise ValueError(f"{name} is {end}, allowed: 0 to {len(what) - 1}")
         return said.reshape((*samples, *[1] * (x.ndim - 1 - len(samples)), *width))
 
     def active(self) -> int:

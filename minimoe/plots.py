@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from . import SCHEMES
 from .compare import title
 from .files import write_atomic
 
@@ -57,9 +58,11 @@ def plot_gates(result: dict[str, Any], path: Path) -> None:
         for name, scheme in result["schemes"].items()
         if scheme["intrusion"]["mean"] is not None
     }
-    figure = Figure(figsize=(1.2 + 2.6 * max(len(masses), 2), 5.6), layout="constrained")
-    grid: Any = figure.subplots(2, max(len(masses), 2), squeeze=False, sharey="row")
-    for above, below, (name, mass) in zip(*grid, masses.items(), strict=False):
+    across, down = min(max(len(masses), 2), 5), max(math.ceil(len(masses) / 5), 1)
+    figure = Figure(figsize=(1.2 + 2.6 * across, 0.6 + 5 * down), layout="constrained")
+    grid: Any = figure.subplots(2 * down, across, squeeze=False, sharey="row")
+    uppers, lowers = grid[::2].flatten(), grid[1::2].flatten()
+    for above, below, (name, mass) in zip(uppers, lowers, masses.items(), strict=False):
         T = mass.shape[1]
         shade = heat_map(above, mass[-1], name)
         above.set_xlabel("ranks of task")
@@ -68,12 +71,12 @@ def plot_gates(result: dict[str, Any], path: Path) -> None:
         below.stackplot(tasks, np.nan_to_num(mass[1:, 0].T), colors=colours)
         below.set(xlabel="tasks learned", ylim=(0, 1), xlim=(1, T))
         below.set_xticks(tasks[:: max(1, T // 10)])
-    for above, below in grid.T[len(masses) :]:
-        above.axis("off")
-        below.axis("off")
+    for axes in (*uppers[len(masses) :], *lowers[len(masses) :]):
+        axes.axis("off")
     if masses:
-        grid[0, 0].set_ylabel("inputs of task")
-        grid[1, 0].set_ylabel("share, inputs of task 1")
+        for above, below in zip(grid[::2, 0], grid[1::2, 0], strict=True):
+            above.set_ylabel("inputs of task")
+            below.set_ylabel("share, inputs of task 1")
         figure.colorbar(shade, ax=list(grid[0]), label="share of gate weight")
         patches = [Patch(color=colours[t], label=f"task {t + 1}") for t in range(T)]
         shown = patches if T <= 10 else [patches[0], patches[-1]]
@@ -220,15 +223,16 @@ def _write(figure: Figure, path: Path) -> None:
 def curves(
     axes: Any, matrices: dict[str, np.ndarray], thick: set[str], what: str = "accuracy"
 ) -> None:
-    """Mean accuracy (or `what`) on the tasks seen so far, after each task: schemes thick, baselines
-    dashed."""
+    """Mean accuracy (or `what`) on the tasks seen so far, after each task: the `thick` ones thick,
+    others thin, and dashed if they are no schemes."""
     for i, (name, matrix) in enumerate(matrices.items()):
         T = matrix.shape[2]
         tasks = np.arange(1, T + 1)
         seen = np.stack([matrix[:, t, :t].mean(1) for t in tasks])  # (T, seeds)
         mean, std = seen.mean(1), seen.std(1, ddof=1) if matrix.shape[0] > 1 else 0 * tasks
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        line = {"lw": 2.5} if name in thick else {"lw": 1.2, "ls": "--"}
+        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # no pair of both comes twice
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": marker}
+        line = {"lw": 2.5} if name in thick else {"lw": 1.2, "ls": "-" if name in SCHEMES else "--"}
         axes.plot(tasks, mean, label=name, markersize=5, **style, **line)
         axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
     bottom = min(0, axes.get_ylim()[0]) if what != "accuracy" else 0

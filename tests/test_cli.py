@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from minimoe.compare import LEARNERS
 from minimoe.files import read_tensors
 from minimoe.laws import LAWS, says
+from minimoe.streams import STREAMS
 
 SMALL = ["--tasks", "3", "--epochs", "2", "--rank", "4"]
 
@@ -26,7 +28,7 @@ def result(folder):
     """compare.json without its timings."""
     found = json.loads((folder / "compare.json").read_text())
     for scheme in found["schemes"].values():
-        del scheme["seconds"]
+        del scheme["seconds"], scheme["step"]
     return found
 
 
@@ -157,7 +159,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
         (["study", "grain", "--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
         (["study", "grain", "--out", "file/run"], "Not a directory"),
         (["check"], "the following arguments are required: NAME"),
-        (["check", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora, file.py:Class"),
+        (["check", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora, smora"),
         (["check", "mora", "gone.py:Mine"], "gone.py: no such file"),
         (["check", "file:Mine"], "file fails: NameError: name 'mine' is not defined"),
         (["new-scheme", "my-gate"], "name is 'my-gate', allowed: a module's name, as in my_gate"),
@@ -319,5 +321,23 @@ def test_a_new_scheme_is_a_short_file_that_keeps_the_laws(tmp_path):
 
 def test_list_names_all_that_compare_takes(small):
     listed = minimoe("list", cwd=small[0]).stdout
-    for name in [*result(small[0] / "minimoe-compare")["schemes"], "digit-worlds", "split-digits"]:
+    for name in [*LEARNERS, *STREAMS]:
         assert f"\n  {name} " in listed
+
+
+def test_all_are_in_one_table_with_their_parameters_and_time(tmp_path):
+    args = ["--schemes", "all", "--tasks", 2, "--epochs", 1, "--out", "all"]
+    done = minimoe("compare", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = done.stdout.split("\n\n")[1].splitlines()
+    assert head.split()[-5:] == ["trainable", "stored", "active", "seconds", "ms/step"]
+    assert [row.split()[0] for row in rows] == list(LEARNERS)
+    for row in rows:
+        name, trainable, step = row.split()[0], row.split()[-5], row.split()[-1]
+        learns = name not in ("zero_shot", "class_mean")
+        assert (step != "–") == learns and (int(trainable.replace(",", "")) > 0) == learns
+    found = result(tmp_path / "all")["schemes"]
+    assert found["flylora"]["trainable"] < found["lora"]["trainable"] < found["smora"]["trainable"]
+    for name in ("loramoe", "sema"):  # all their experts speak, and half of the ranks are new
+        assert found[name]["instability"]["mean"] == 0.5
+    assert (tmp_path / "all" / "gates.png").stat().st_size > 20_000

@@ -86,7 +86,7 @@ class FlyLoRA(Adapter):
     def fresh(self) -> dict[str, Tensor]:
         rows = super().fresh()
         r, D = rows["A"].shape
-        p = max(1, D * min(self.top_k, r) // r)
+        p = D * min(self.top_k, r) // r
         places = torch.rand(r, D, device=rows["A"].device).argsort(-1)[:, :p]
         values = rows["A"].new_empty(r, p).normal_(std=1 / r)
         A = torch.zeros_like(rows["A"]).scatter_(1, places, values)

@@ -97,7 +97,7 @@ def localized_balance(Q: Tensor, label: Tensor, delta: float) -> Tensor:
     """var(I ⊙ Q) / mean(I ⊙ Q) for Q (samples, E) and label (samples,), over all processes."""
     own = label.unsqueeze(-1) == torch.arange(Q.shape[-1], device=Q.device)
     Q = Q.to(torch.promote_types(Q.dtype, torch.float32))
-    Z = Q * torch.where(own, 1 + delta, 1 - delta)
+    Z = torch.where(own, (1 + delta) * Q, (1 - delta) * Q)
     n, total = everywhere(torch.stack([Z.new_tensor(float(Z.numel())), Z.sum()]))
     mean = total / n.clamp_min(1)
     var = everywhere((Z - mean).square().sum()) / n.clamp_min(1)

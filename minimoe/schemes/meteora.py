@@ -96,5 +96,7 @@ class MeteoRA(Adapter):
 def label_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Cross-entropy of logits (..., E) with label (...), the mean over the tokens of all processes:
     0 for an empty batch."""
-    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), label.flatten(), reduction="sum")
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), label.flatten().long(), reduction="sum"
+    )
     return everywhere(loss) / everywhere(loss.new_tensor(float(label.numel()))).clamp_min(1)

@@ -21,8 +21,9 @@ it brings; older ones are frozen. The universal expert trains on, from the secon
 expert has G = 1. Clusters are k-means clusters of the samples' embeddings, and are the caller's:
 the layer only learns which one a sample is in.
 
-Departures: the paper clusters all data once and trains four experts at once. The authors' code
-multiplies the chosen expert by G twice. M is not given there; here 16.
+Departures: nothing makes a new cluster prefer the new expert: if its embedding first falls to an
+old one, which is frozen, it stays there. The paper clusters all data once and trains four experts
+at once. The authors' code multiplies the chosen expert by G twice. M is not given there; here 16.
 """
 
 import math

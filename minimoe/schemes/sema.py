@@ -96,7 +96,8 @@ class SEMA(Adapter):
     def surprised(self, x: Tensor) -> bool:
         """Whether no descriptor knows x (..., D), the layer's inputs from a new task."""
         eps = self.errors(sample_mean(x)).reshape(-1, self.ranks // self.block)
-        s = (eps - self.rows("mu")).abs() / self.rows("sigma")  # (samples, E)
+        sigma = self.rows("sigma").clamp_min(torch.finfo(eps.dtype).tiny)
+        s = (eps - self.rows("mu")).abs() / sigma  # (samples, E)
         return bool(s.mean(0).min() > self.threshold)
 
     @torch.no_grad()

@@ -75,8 +75,8 @@ class SMoRA(Adapter):
         logits = self.project(x, "router")  # (..., R), of which 16 bits lose the small sigmoids
         s = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         top, idx = (s + self.rows("bias")).topk(min(self.top_k, self.ranks))  # (..., k)
-        total = top.sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
-        g = top.shape[-1] * top / total
+        total = top.sum(-1, keepdim=True)
+        g = top.shape[-1] * top / total.where(total != 0, 1)  # 0 where all s are
         if self.training:
             self.counts = chosen(idx, self.ranks)
         return idx, g, rank_scores(x, idx, self.frozen_A, self.A, self.path)
