@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from .adapt import adapters, parameters
@@ -52,6 +51,8 @@ class Embedded(Adapted):
     def centres(self, task: Task) -> Tensor:
         """k-means centres (clusters, F) of a task's embeddings. (scikit-learn's, with its own
         random state from torch's, so that a run repeats.)"""
+        from sklearn.cluster import KMeans  # not at the top: it takes as long to import as torch
+
         e = self.embed(task.x_train)
         state = int(torch.randint(2**31, ()))
         found = KMeans(self.clusters, n_init=3, random_state=state).fit(e.double().cpu().numpy())

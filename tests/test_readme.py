@@ -6,15 +6,16 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
 from minimoe import MoRA
-from minimoe.compare import LEARNERS, TOY, table
+from minimoe.compare import LEARNERS, TOY, learners, table
 from minimoe.laws import LAWS, Row
 from minimoe.laws import table as laws_table
-from minimoe.studies import STUDIES
+from minimoe.studies import ATLAS_STREAMS, STUDIES
 from minimoe.study import findings
 
 ROOT = Path(__file__).parent.parent
@@ -35,33 +36,62 @@ def test_the_table_is_the_stored_results():
     assert fences("text")[0] == table(stored("compare")) + "\n"
 
 
-@pytest.mark.parametrize("name", ["compare", *STREAMS])
-def test_stored_results_are_of_the_settings_and_learners_of_today(name):
-    result = stored(name)
-    assert list(result["schemes"]) == list(LEARNERS)
+def test_the_stored_result_is_of_the_settings_and_learners_of_today():
+    result = stored("compare")
+    assert list(result["schemes"]) == learners("permuted-digits", atlas=False)
     assert {key: result["settings"][key] for key in TOY} == TOY
-    assert result["stream"] == ("permuted-digits" if name == "compare" else name)
-    assert result["seeds"] == ([0] if name == "compare" else [0, 1, 2])
+    assert result["stream"] == "permuted-digits" and result["seeds"] == [0]
 
 
-def test_the_streams_table_is_the_stored_results():
+@cache
+def atlas():
+    path = ROOT / "tutorials" / "findings" / "atlas.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_streams_tables_are_the_stored_results():
     lines = re.findall(r"^\| (.*) \|$", README, re.M)
     found = {cells[0]: cells[1:] for cells in (line.split(" | ") for line in lines)}
-    for name in LEARNERS:
+    assert list(ATLAS_STREAMS) == STREAMS and list(atlas()["rows"]) == list(LEARNERS)
+    for name, row in atlas()["rows"].items():
         for stream, cell in zip(STREAMS, found[name], strict=True):
-            acc = stored(stream)["schemes"][name]["acc"]
+            acc = row[f"acc {stream}"]
             mean, std = (float(part) for part in cell.split(" ± "))
             assert abs(mean - acc["mean"]) <= 0.0005 and abs(std - acc["std"]) <= 0.0005
 
 
+def test_the_atlas_table_names_every_file():
+    names = re.findall(r"^\| `(\w+\.py)` \|", README.partition("## The atlas")[2], re.M)
+    there = {path.name for path in (ROOT / "minimoe" / "schemes").glob("*.py")}
+    assert set(names) == there - {"__init__.py"}
+    for name in names:
+        said = re.search(rf"^\| `{name}` .*abs/([\d.]+)\) \|$", README, re.M)[1]
+        assert said in (ROOT / "minimoe" / "schemes" / name).read_text(encoding="utf-8")
+
+
 def test_what_readme_concludes_from_the_numbers():
     def mean(stream, name, measure="acc"):
-        return stored(stream)["schemes"][name][measure]["mean"]
+        return atlas()["rows"][name][f"{measure} {stream}"]["mean"]
 
     forgotten = {stream: mean(stream, "mora", "forgetting") for stream in STREAMS}
     assert forgotten["rotated-digits"] > 10 * forgotten["permuted-digits"]
     mora, moe, joint = (mean("digit-worlds", name) for name in ("mora", "lora_moe", "joint"))
     assert 0 < mora - moe < joint - mora
+    ten = [n for n in LEARNERS if LEARNERS[n][0].startswith("atlas")]
+    said = re.findall(r"on (\S+) (\w+) \(\.\d+(?:, not told from ([^;)]*))?", atlas()["finding"])
+    assert said == [
+        ("permuted-digits", "mora", ""),
+        ("rotated-digits", "mora", "ewc"),
+        ("split-digits", "class_mean", ""),
+        ("digit-worlds", "mora", ""),
+    ]
+    for stream, first in (
+        ("permuted-digits", "mor1e"),
+        ("digit-worlds", "mor1e"),
+        ("split-digits", "olora"),
+    ):
+        assert max(ten, key=partial(mean, stream)) == first
+    assert mean("split-digits", "olora") > mean("split-digits", "mora")
     best = max(mean("split-digits", name) for name in ("lora", "lora_moe", "mora"))
     assert best < 0.3 < 0.7 < mean("split-digits", "class_mean")
 
@@ -126,19 +156,20 @@ def test_the_unseen_seeds_are_the_stored_result():
         assert abs(float(std) - scheme["acc"]["std"]) <= 0.0005
 
 
-def test_the_python_example_runs_and_prints_what_it_says(tmp_path, monkeypatch):
+@pytest.mark.parametrize("imports", ["count", "told"])
+def test_the_python_examples_run_and_print_what_they_say(imports, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example = fences("python")[0]
+    example = next(fence for fence in fences("python") if "import adapt, " + imports in fence)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(example, "README.md", "exec"), {})
     assert printed.getvalue() == re.search(r"^print\(.*\)  # (.*)$", example, re.M)[1] + "\n"
-    assert (tmp_path / "adapters.safetensors").exists()
+    assert (tmp_path / "adapters.safetensors").exists() == (imports == "count")
 
 
 def test_the_dask_example_runs(tmp_path):
     pytest.importorskip("distributed")
-    (tmp_path / "example.py").write_text(fences("python")[1])
+    (tmp_path / "example.py").write_text(fences("python")[2])
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -171,7 +202,7 @@ def test_the_laws_table_is_of_the_laws_of_today():
 
 
 def test_the_test_of_a_new_scheme_runs_in_a_project_of_its_own(tmp_path):
-    (tmp_path / "test_mine.py").write_text(fences("python")[2])
+    (tmp_path / "test_mine.py").write_text(fences("python")[3])
     for command in ("minimoe new-scheme my_gate", "pytest -q"):
         subprocess.run([sys.executable, "-m", *command.split()], cwd=tmp_path, check=True)
     scheme = tmp_path / "my_gate.py"
