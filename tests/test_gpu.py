@@ -1,11 +1,18 @@
 """On a CUDA device: every path against the float64 reference, at sizes that fill it."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from minimoe import LoRA, LoRAMoE, MoRA
+from minimoe import SCHEMES, MoRA
+from minimoe.adapt import told
+from minimoe.compare import LEARNERS, TOY
+from minimoe.laws import live
+from minimoe.learn import carry, pretrain
 from minimoe.sparse import rank_scores, rank_sparse, top_scores
+from minimoe.streams import make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,23 +53,44 @@ def test_products_equal_the_float64_reference_twice_over(path, size, dtype):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("scheme", [LoRA, LoRAMoE, MoRA])
-def test_layers_equal_their_cpu_selves(scheme, path):
-    layer = scheme(nn.Linear(64, 48, dtype=torch.float64), rank=8)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_layers_equal_their_cpu_selves(name, path):
+    torch.manual_seed(0)
+    layer = SCHEMES[name](nn.Linear(64, 48, dtype=torch.float64), rank=8)
     for _ in range(3):
         layer.grow()
-    for name, tensor in layer.state_dict().items():
-        if not name.startswith("base"):
-            tensor.normal_()
+    for tensor in layer.state_dict().values():
+        tensor.normal_(std=0.3)
+    layer.eval()  # where noise is drawn, devices draw their own
     x = torch.randn(40, 64, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(40, 48, dtype=torch.float64)
-    y = layer(x)
-    here = (y, *torch.autograd.grad(y, [x, layer.A, layer.B], dy))
-    layer.cuda().path = path
-    y = layer(x.cuda())
-    there = (y, *torch.autograd.grad(y, [x, layer.A, layer.B], dy.cuda()))
-    for cpu, gpu in zip(here, there, strict=True):
+    said = {
+        what: torch.randint(len(size), (40,))
+        if isinstance(size, range)
+        else torch.randn(40, size, dtype=torch.float64)
+        for what, size in layer.hears().items()
+    }
+    found = []
+    for device in ("cpu", "cuda"):
+        layer.to(device)
+        layer.path = "auto" if device == "cpu" else path
+        weights = list(live(layer).values())
+        with told(layer, **{what: tensor.to(device) for what, tensor in said.items()}):
+            y = layer(x.to(device))
+        grads = torch.autograd.grad(y, [x, *weights], dy.to(device), materialize_grads=True)
+        found.append((y, *grads))
+    for cpu, gpu in zip(*found, strict=True):
         assert torch.allclose(cpu, gpu.cpu(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_learners_live_on_the_device(name):
+    stream = make("permuted-digits", 2)
+    settings = TOY | {"epochs": 1}
+    started = pretrain(stream, 0, "cuda")
+    run = partial(LEARNERS[name][1], settings=settings)
+    found = carry(run, started, stream, 0, epochs=1, device="cuda")
+    assert all(0 <= acc <= 1 for acc in found["matrix"][-1])
 
 
 @pytest.mark.parametrize("path", PATHS)
