@@ -216,7 +216,8 @@ def granularity(case: Case) -> None:
 
     On no other token if the claimed granularity is "token", no other sample if "sample". Otherwise
     what a model answers depends on who else is in the batch, and accuracy on the batch size. Looked
-    at by shuffling the tokens, and by replacing all but the first."""
+    at by shuffling the tokens, and by replacing all but the first. (Tokens in one row: what a gate
+    does with a sample's tokens is looked at by any_shape.)"""
     x = case.x((case.T + 1, 3))
     if case.claims.granularity == "token":
         x = x.flatten(0, 1)
@@ -522,6 +523,10 @@ def active_is_read(case: Case) -> None:
     numbers, changes the output. Of layers of two tasks or more, as a router over one expert decides
     nothing; the most that any of 4 tokens depends on; in training, if that draws no noise."""
     case = replace(case, tasks=max(case.tasks, 2), training=True)
+    if case.claims.top_k:
+        most, more = (case.layer(top_k=case.experts + n).active() for n in (0, 1))
+        if most != more:
+            raise Broken(f"active() is {most} with all experts kept, {more} with one more than all")
     layer = _still(case, case.x()).layer()
     own = [
         (tensor, tensor.clone())

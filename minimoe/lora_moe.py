@@ -17,7 +17,8 @@ as usual, R = E·r and K = k·r.
 Life: one task trains one new expert and one new router row; all older ones are frozen. On
 permuted-digits that did better than training the old rows on, and small random rows no worse
 than zero ones; top-2, top-3 and all experts came out alike. At top-1 the one weight is always
-1, so the router gets no gradient.
+1, so the router gets no gradient; and so it is while there is one expert: the first task's router
+row stays as it was drawn, and later rows outbid it on that task's own inputs.
 
 Balance (off by default), as Switch Transformers (Fedus et al., arXiv 2101.03961, eq. 4-6):
 

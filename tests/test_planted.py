@@ -65,12 +65,13 @@ def test_no_training_gets_below_reduced_rank_and_long_training_gets_there():
 
 def test_what_is_reachable_on_known_tasks(backbone):
     found = reachable(backbone, STREAM, TOY)
-    assert set(found) == set(learners("planted"))
+    assert set(found) == {*learners("planted", atlas=False), "olora", "ewc"}
     acc = {name: one["acc"] for name, one in found.items()}
     limits = {name for name, one in found.items() if one["limit"]}
     assert limits == set(found) - {"lora_moe", "mora"}
     # three tasks' changes are 12 directions; lora has 8 of them, the others all
     assert acc["zero_shot"] < acc["lora"] < 0.95
+    assert acc["ewc"] == acc["lora"] and acc["olora"] == acc["lora_grown"]
     for name in ("lora_grown", "joint", "oracle"):
         assert acc[name] == pytest.approx(1, abs=1e-5)
     # inputs on the far side of a subspace, Φ(-2) of them, are answered as the base does
@@ -113,7 +114,7 @@ def test_compare_prints_the_reachable_beside_the_learned(tmp_path, capsys):
     asked = f"compare --stream planted --tasks 2 --epochs 3 --seeds 0 1 --out {out}"
     assert main(asked.split()) == 0
     result = json.loads((out / "compare.json").read_text())
-    assert list(result["schemes"]) == learners("planted")
+    assert list(result["schemes"]) == learners("planted", atlas=False)
     for name, scheme in result["schemes"].items():
         assert scheme["reachable"]["limit"] == (name not in ("lora_moe", "mora"))
         if scheme["reachable"]["limit"]:
