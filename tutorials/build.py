@@ -1,0 +1,119 @@
+"""Build the notebooks from their sources: python tutorials/build.py [NAME ...]
+
+A notebook's source is NAME.py, in jupytext's percent format; nothing else is edited by hand. Each
+is run from its first cell to its last, and stored with its outputs as NAME.ipynb; how long that
+took goes to times.json, and from there into the table of README.md.
+
+An exercise is a cell with the title "exercise N"; solutions/NAME.py has cells of the same titles.
+"""
+
+import copy
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from minimoe.files import write_atomic
+
+HERE = Path(__file__).parent
+NAMES = sorted(path.stem for path in HERE.glob("[0-9][0-9]_*.py"))
+LARGEST = 400_000  # bytes of a notebook
+
+
+def source(name: str, folder: Path = HERE) -> NotebookNode:
+    """The notebook that a source says, without outputs, its cells numbered."""
+    notebook = jupytext.read(folder / f"{name}.py")
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i}"
+    return notebook
+
+
+def solved(name: str) -> NotebookNode:
+    """The notebook with every exercise replaced by its solution. Raises ValueError if one lacks
+    the other."""
+    notebook, answers = source(name), exercises(source(name, HERE / "solutions"))
+    if exercises(notebook).keys() != answers.keys():
+        odd = min(exercises(notebook).keys() ^ answers.keys())
+        raise ValueError(f"{name}: {odd} is in the notebook or in its solutions, and not in both")
+    for title, cell in exercises(notebook).items():
+        cell.source = answers[title].source
+    return notebook
+
+
+def exercises(notebook: NotebookNode) -> dict[str, NotebookNode]:
+    cells = {cell.metadata.get("title", ""): cell for cell in notebook.cells}
+    return {title: cell for title, cell in cells.items() if title.startswith("exercise")}
+
+
+def run(notebook: NotebookNode) -> NotebookNode:
+    """The notebook with its outputs, run in this folder. Raises CellExecutionError."""
+    done = copy.deepcopy(notebook)
+    client = NotebookClient(done, timeout=600, resources={"metadata": {"path": str(HERE)}})
+    client.execute()
+    for cell in done.cells:
+        cell.metadata.pop("execution", None)  # times of day
+    return done
+
+
+def printed(notebook: NotebookNode) -> str:
+    """All that its cells print."""
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    return "".join(out.text for out in outputs if out.output_type == "stream")
+
+
+def build(name: str) -> float:
+    """Run a notebook and store it; returns the seconds that it took."""
+    start = time.perf_counter()
+    done = run(source(name))
+    seconds = time.perf_counter() - start
+    data = (nbformat.writes(done) + "\n").encode()
+    if len(data) > LARGEST:
+        raise ValueError(f"{name}.ipynb has {len(data):,} bytes, allowed: {LARGEST:,}")
+    write_atomic(HERE / f"{name}.ipynb", data)
+    return seconds
+
+
+def table(times: dict[str, float]) -> str:
+    """The rows of README.md's table: each notebook, its title, its seconds."""
+    rows = []
+    for name in NAMES:
+        title = re.search(r"^# # (.*)$", (HERE / f"{name}.py").read_text(encoding="utf-8"), re.M)
+        rows.append(f"| [{name}]({name}.ipynb) | {title[1]} | {times[name]:.0f} s |")
+    return "\n".join(["| notebook | what it teaches | run time |", "|---|---|---|", *rows])
+
+
+def main(names: list[str]) -> int:
+    if odd := [name for name in names if name not in NAMES]:
+        print(
+            f"build: error: no notebook {odd[0]!r}; there are: {', '.join(NAMES)}", file=sys.stderr
+        )
+        return 2
+    path = HERE / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    for name in names or NAMES:
+        times[name] = round(build(name), 1)
+        print(f"{name}.ipynb  {times[name]} s", flush=True)
+    times = {name: times[name] for name in NAMES if name in times}
+    write_atomic(path, (json.dumps(times, indent=1) + "\n").encode())
+    readme = HERE / "README.md"
+    if readme.exists() and len(times) == len(NAMES):
+        text = readme.read_text(encoding="utf-8")
+        text = re.sub(r"\| notebook \|.*?(?=\n\n)", lambda _: table(times), text, flags=re.S)
+        write_atomic(readme, text.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
