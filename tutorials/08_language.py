@@ -166,7 +166,7 @@ class GPT(nn.Module):
 BATCH = 32
 
 
-def loss(model, pieces):
+def next_loss(model, pieces):
     """Mean cross-entropy of pieces (B, T + 1), each character given those before it."""
     return F.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
 
@@ -179,7 +179,7 @@ def fit(model, weights, text, steps, lr):
     for _ in range(steps):
         starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), device=device)
         pieces = text[starts + torch.arange(CONTEXT + 1, device=device)]
-        total = loss(model, pieces) + aux_loss(model)
+        total = next_loss(model, pieces) + aux_loss(model)
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
@@ -190,7 +190,7 @@ def fit(model, weights, text, steps, lr):
 @torch.no_grad()
 def bits(model, name):
     """Bits per character on the test pieces of a text."""
-    return loss(model.eval(), test[name]).item() / math.log(2)
+    return next_loss(model.eval(), test[name]).item() / math.log(2)
 
 
 torch.manual_seed(0)
@@ -294,7 +294,7 @@ learned, end, moved = {}, {}, {}
 for name, matrix in matrices.items():
     learned[name], end[name] = np.diag(matrix[1:]).mean(), matrix[T, :T].mean()
     moved[name] = matrix[T, T] - matrix[0, T]
-    lost = np.mean([matrix[T, t] - matrix[t + 1, t] for t in range(T - 1)])
+    lost = np.mean([matrix[T, t] - matrix[t + 1, t] for t in range(T - 1)]).round(3) + 0.0
     sizes = " ".join(f"{size:7,}" for size in count(models[name]).values())
     print(
         f"{name:16} {learned[name]:7.2f} {end[name]:6.2f} {lost:10.2f} {moved[name]:14.2f}  {sizes}"
@@ -436,9 +436,9 @@ axes.set_title(f"A rank of {LAYERS[0]} is for some kinds of characters, whatever
 figure.colorbar(shade, ax=axes, label="mean share of weight")
 plt.show()
 
+often = [c for c in range(V) if (every == c).sum() >= 10]
 for i in busiest[:: len(busiest) // 4][:4]:
-    mean = [g[every.flatten() == c, i].mean().nan_to_num().item() for c in range(V)]
-    most = sorted(range(V), key=lambda c: -mean[c])[:6]
+    most = sorted(often, key=lambda c: -g[every.flatten() == c, i].mean().item())[:6]
     print(f"{TASKS[i // 8]} {i % 8 + 1} speaks most on", *[repr(ALPHABET[c]) for c in most])
 
 # %% [markdown]
