@@ -90,7 +90,7 @@ class Recorder:
         new = []
         for name, layer in layers.items():
             old = int(self.ranks[name][i - 1]) if i > 1 else layer.ranks
-            if old < layer.ranks:
+            if 0 < old < layer.ranks:  # 0: the layer had no adapter yet
                 new.append(alike(layer.keys, layer.rows("B"), old).mean())
         if new:
             self.found["alike"][i] = torch.stack(new).mean()

@@ -240,3 +240,16 @@ def test_the_measures_by_hand():
         "instability": (0.5 + 0.3) / 2,
     }
     assert {name: measure(found) for name, measure in PROBLEMS.items()} == pytest.approx(want)
+
+
+def test_adapters_may_come_after_the_first_records():
+    model = nn.Sequential(nn.Linear(6, 5))
+    recorder = Recorder([torch.randn(4, 6)] * 3)
+    recorder.record(model)
+    recorder.record(model)  # a task was learned without adapters
+    adapt(model, MoRA, "0", rank=2)
+    recorder.record(model)
+    assert recorder.found["alike"].isnan().all()  # no older ranks to be like
+    grow(model)
+    recorder.record(model)
+    assert recorder.found["alike"][3] >= 0
