@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .files import read_tensors, write_tensors
-from .lora import Adapter
+from .adapter import Adapter
+from .tools.files import read_tensors, write_tensors
 
 
 def adapt(model: nn.Module, scheme: type[Adapter], targets: str, **settings: Any) -> nn.Module:
@@ -87,40 +87,40 @@ def after_step(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def told(model: nn.Module, **said: Tensor) -> Iterator[None]:
-    """Inside, every adapter of model is told this of the samples that come, by name.
+def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
+    """Inside, every adapter of model has this context of the samples that come, by name.
 
-        with told(model, cluster=ids):                  # ids (B,): one per sample
+        with context(model, cluster=ids):                  # ids (B,): one per sample
             y = model(x)                                # whose layers see (B, ..., D)
 
-    The way to a gate that needs more than its layer's input (Adapter.hears says what). An index
+    The way to a gate that needs more than its layer's input (Adapter.needs names what). An index
     (...) or a vector (..., F) per sample; its axes before F are the first ones of what the layers
-    see, whatever tokens follow. It is held by the adapters, so no module in between need pass it
-    on, and a compiled model takes it as an input. What an outer `told` said stays said.
+    see, whatever tokens follow. The adapters hold it, so no module in between need pass it on, and
+    a compiled model takes it as an input. An outer `context` stays in force.
     """
     layers = [adapter for _, adapter in adapters(model)]
-    before = [layer.told for layer in layers]
+    before = [layer.context for layer in layers]
     try:
         for layer in layers:
-            layer.told = {**layer.told, **said}
+            layer.context = {**layer.context, **values}
         yield
     finally:
         for layer, then in zip(layers, before, strict=True):
-            layer.told = then
+            layer.context = then
 
 
-class Telling(nn.Module):
-    """A model whose adapters are told, of every input, what `say` says of it.
+class WithContext(nn.Module):
+    """A model whose adapters get, with every input, the context that a function makes of it.
 
-    forward(...) is model(...) inside told(model, **say(...)), for any arguments.
+    forward(...) is model(...) inside context(model, **describe(...)), for any arguments.
     """
 
-    def __init__(self, model: nn.Module, say: Callable[..., dict[str, Tensor]]):
+    def __init__(self, model: nn.Module, describe: Callable[..., dict[str, Tensor]]):
         super().__init__()
-        self.model, self.say = model, say
+        self.model, self.describe = model, describe
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with told(self.model, **self.say(*args, **kwargs)):
+        with context(self.model, **self.describe(*args, **kwargs)):
             return self.model(*args, **kwargs)
 
 
@@ -146,8 +146,8 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """
     here = state(model)
     if here.keys() != tensors.keys():
-        odd = min(here.keys() ^ tensors.keys())
-        raise ValueError(f"{odd} is {'missing' if odd in here else 'not an adapter of this model'}")
+        key = min(here.keys() ^ tensors.keys())
+        raise ValueError(f"{key} is {'missing' if key in here else 'not an adapter of this model'}")
     for name, adapter in adapters(model):
         tasks = set()
         for key, ours in adapter.state_dict().items():

@@ -8,6 +8,7 @@ import argparse
 import itertools
 import json
 import keyword
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -15,11 +16,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import SCHEMES, __version__, bench, parallel, streams
-from .compare import LEARNERS, TOY, compare, learners, table
-from .files import write_atomic
+from . import __version__, bench, studies
+from .compare import choose, compare
+from .continual import streams
+from .roster import EPOCHS, ROSTER, SCHEMES, lookup
 from .studies import STUDIES
-from .study import table as study_table
+from .tools import parallel
+from .tools.files import write_atomic
+from .tools.results import to_json
+from .tools.tables import compare_page, study_table, table
 
 OUT = {"compare": "minimoe-compare", "study": "minimoe-study", "bench": "minimoe-bench"}
 OUT_HELP = "output folder, default {0}, or {0}-2, ... if that is taken"
@@ -45,16 +50,19 @@ def parser() -> Parser:
         "--schemes",
         nargs="+",
         metavar="NAME",
-        help="default the three and the baselines; all for the atlas too; see minimoe list",
+        help="see minimoe list, or file.py:Class; default the three and the baselines; all for the "
+        "atlas too",
     )
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")
     add("--tasks", type=int, default=5, metavar="N", help="default %(default)s")
-    add("--epochs", type=int, metavar="N", help=f"per task, default {TOY['epochs']}")
-    add("--rank", type=int, metavar="N", help=f"ranks per task, default {TOY['rank']}")
-    kept = ", ".join(f"{k} for {name}" for name, k in TOY["top_k"].items())
+    add("--epochs", type=int, default=EPOCHS, metavar="N", help="per task, default %(default)s")
+    usual = ROSTER["mora"].settings
+    add("--rank", type=int, metavar="N", help=f"ranks per task, default {usual['rank']}")
+    settings = {name: entry.settings for name, entry in ROSTER.items()}
+    kept = ", ".join(f"{own['top_k']} for {n}" for n, own in settings.items() if "top_k" in own)
     add("--top-k", type=int, metavar="N", help=f"experts kept per token, default {kept}")
-    add("--tau", type=float, help=f"mora's temperature, default {TOY['tau']}")
-    add("--delta", type=float, help=f"mora's threshold at test, default {TOY['delta']}")
+    add("--tau", type=float, help=f"mora's temperature, default {usual['tau']}")
+    add("--delta", type=float, help=f"mora's threshold at test, default {usual['delta']}")
     add("--device", default="cpu", help="default cpu; cuda, cuda:1, ...")
     add("--out", type=Path, help=OUT_HELP.format(OUT["compare"]))
     add("--resume", action="store_true", help="go on with the run in the output folder")
@@ -93,7 +101,9 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
+    args.typed = f"minimoe {shlex.join(arguments)}"
     commands = {
         "compare": run_compare,
         "study": run_study,
@@ -125,13 +135,17 @@ def fail(message: str, status: int) -> int:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    print("schemes and baselines (--schemes)")
-    for name, (what, _) in LEARNERS.items():
-        print(f"  {name:16}{what}")
+    print(roster_list())
     print("streams (--stream)")
     for name in streams.STREAMS:
         print(f"  {name:16}{streams.shows(name)}")
     return 0
+
+
+def roster_list() -> str:
+    """All schemes, baselines and bounds, a line each."""
+    lines = [f"  {name:16}{entry.kind}: {entry.summary}" for name, entry in ROSTER.items()]
+    return "\n".join(["schemes and baselines (--schemes)", *lines])
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -144,18 +158,12 @@ def run_compare(args: argparse.Namespace) -> int:
     parallel.start(args.device)
     first = parallel.process() == 0
     out = parallel.agreed(output_folder("compare", args.out, args.resume) if first else None)
-    settings: dict[str, Any] = dict(TOY)
-    for name in ("epochs", "rank", "tau", "delta"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
-    if args.top_k is not None:
-        settings["top_k"] = dict.fromkeys(TOY["top_k"], args.top_k)
-    schemes = list(dict.fromkeys(args.schemes or learners(args.stream, atlas=False)))
-    if "all" in schemes:
-        schemes = learners(args.stream)
+    asked = {name: getattr(args, name) for name in ("rank", "top_k", "tau", "delta")}
+    changes = {name: value for name, value in asked.items() if value is not None}
     seeds = list(dict.fromkeys(args.seeds))
     if min(seeds) < 0:
         raise ValueError(f"seeds is {min(seeds)}, allowed: 0 or more")
+    schemes = choose(args.schemes, streams.make(args.stream, args.tasks, seeds[0]))
     bar: Any = None  # opened with the first task, when all that was asked for has been checked
 
     def done(label: str, tasks: int) -> None:
@@ -173,28 +181,39 @@ def run_compare(args: argparse.Namespace) -> int:
         bar.update(tasks)
 
     try:
-        result = compare(out, args.stream, schemes, seeds, args.tasks, args.device, settings, done)
+        result = compare(
+            out, args.stream, schemes, seeds, args.tasks, args.device, args.epochs, changes, done
+        )
     finally:
         if bar is not None:
             bar.close()
     if not first:
         return 0
-    from .plots import plot_compare, plot_gates
+    from .tools.plots import plot_compare, plot_gates
 
-    write_atomic(out / "compare.json", (json.dumps(result, indent=1) + "\n").encode())
-    plot_compare(result, out / "compare.png")
-    print(table(result))
-    print(f"\n{out / 'compare.json'}\n{out / 'compare.png'}")
-    if any(scheme["intrusion"]["mean"] is not None for scheme in result["schemes"].values()):
+    pictures = {"compare.png": "Accuracy on the tasks seen so far, and every accuracy matrix"}
+    write_json(out / "compare.json", result)
+    plot_compare(
+        result,
+        out / "compare.png",
+        thick=[name for name, entry in schemes.items() if entry.kind == "scheme"],
+        dashed=[name for name, entry in schemes.items() if entry.kind in ("baseline", "bound")],
+    )
+    if any(scheme.intrusion.mean is not None for scheme in result.schemes.values()):
         plot_gates(result, out / "gates.png")
-        print(out / "gates.png")
+        pictures["gates.png"] = "Which task's ranks serve which task's inputs"
+    write_atomic(out / "compare.md", compare_page(result, args.typed, pictures).encode())
+    print(table(result))
+    print("", *(out / name for name in ("compare.json", "compare.md", *pictures)), sep="\n")
     return 0
+
+
+def write_json(path: Path, result: Any) -> None:
+    write_atomic(path, (json.dumps(to_json(result), indent=1) + "\n").encode())
 
 
 def run_study(args: argparse.Namespace) -> int:
     from tqdm import tqdm
-
-    from .study import study
 
     if args.name not in (*STUDIES, "all"):
         raise ValueError(f"study is {args.name!r}, allowed: {', '.join(STUDIES)}, all")
@@ -214,7 +233,7 @@ def run_study(args: argparse.Namespace) -> int:
             bar.update(cells)
 
         with bar:
-            result = study(name, args.out, seeds, args.quick, args.jobs or -1, done)
+            result = studies.run_study(name, args.out, seeds, args.quick, args.jobs or -1, done)
         print(study_table(result))
         files = [args.out / f"{name}.json", args.out / f"{name}.png", args.out / "findings.md"]
         print("", *files, sep="\n")
@@ -230,11 +249,12 @@ def run_check(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     schemes = {}
     for name in dict.fromkeys(args.schemes):
-        path, colon, in_file = name.rpartition(":")
-        if name not in SCHEMES and not colon:
+        if name not in SCHEMES and ":" not in name:
             raise ValueError(f"scheme is {name!r}, allowed: {', '.join(SCHEMES)}, file.py:Class")
-        schemes[name] = SCHEMES[name] if name in SCHEMES else laws.load(path, in_file)
-        laws.claimed(schemes[name], {})  # bad input, before the bar
+        scheme = lookup(name)[1].scheme
+        assert scheme is not None
+        laws.claimed(scheme, {})  # bad input, before the bar
+        schemes[name] = scheme
     results: dict[str, list[laws.Row]] = {name: [] for name in schemes}
     bar = tqdm(total=len(schemes) * len(laws.LAWS), unit="law", leave=False)
     with bar, tempfile.TemporaryDirectory() as notes:
@@ -245,9 +265,9 @@ def run_check(args: argparse.Namespace) -> int:
                 results[name].append(laws.hold(law, scheme))
                 bar.update()
     if args.json:
-        said = ("law", "verdict", "evidence")
+        keys = ("law", "verdict", "evidence")
         rows = {
-            n: [{key: getattr(row, key) for key in said} for row in results[n]] for n in results
+            n: [{key: getattr(row, key) for key in keys} for row in results[n]] for n in results
         }
         print(json.dumps(rows, indent=1))
     else:
@@ -263,7 +283,8 @@ def run_new_scheme(args: argparse.Namespace) -> int:
     if path.exists():
         raise ValueError(f"{path} is there already")
     title = "".join(part.capitalize() for part in name.split("_"))
-    text = Path(__file__).with_name("template.py").read_text(encoding="utf-8")
+    template = Path(__file__).parent / "laws" / "template.py"
+    text = template.read_text(encoding="utf-8")
     text = text.replace("NewScheme", title).replace("new_scheme", name)
     write_atomic(path, text.encode())
     print(f"{path}\n\nminimoe check {path}:{title}")
@@ -273,7 +294,7 @@ def run_new_scheme(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .plots import plot_bench
+    from .tools.plots import plot_bench
 
     device_is_here(args.device)
     on_cpu = torch.device(args.device).type == "cpu"

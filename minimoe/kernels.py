@@ -6,6 +6,8 @@ atomics, so the same bits on every run. An index out of range reads nothing and 
 Axes as in sparse.py; N rows in source, S bags, P pairs (row, weight) in all.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -105,5 +107,5 @@ def dots(idx: Tensor, g: Tensor, source: Tensor) -> Tensor:
     return out
 
 
-def _wide(source: Tensor):
+def _wide(source: Tensor) -> Any:
     return tl.float64 if source.dtype == torch.float64 else tl.float32

@@ -4,34 +4,34 @@ Little By Little: Continual Learning via Self-Activated Sparse Mixture-of-Rank A
 Learning. Lu et al., arXiv 2506.21035, eq. 2-8; called MoRAM from its third version on.
 (Not kongds' MoRA, "High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130.)
 
-The one equation, with the activations themselves as the gate's logits:
+The one equation, with what the ranks see as the gate's logits:
 
     z = x Aᵀ
     s = z / ‖z‖₂                            over all R ranks, old and new; 0 where z = 0   (eq. 5)
-    keep the k largest s, by sign           not by size                                    (eq. 6)
+    keep the k largest s                    by sign, not by size                           (eq. 6)
     w = softmax over the kept of s / tau    one weight per kept rank; they sum to 1        (eq. 7)
     g = w, and in evaluation 0 where s < delta, not renormalised                           (eq. 8)
     y = x W0ᵀ + scale · (g ⊙ z) B           the raw z, not s
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
-x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values; each rank is an expert: E = R, K = k.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values. Each rank is an expert: E = R and K = k.
 
-Life: one task trains r new ranks; all older ones are frozen. No router parameters, no task id,
-no replay, no auxiliary loss. New ranks change old inputs' outputs even before they are trained
-(they enter ‖z‖ and compete for the k places): that drift is the method's own.
+Life: one task trains r new ranks; all older ones are frozen. New ranks change old inputs' outputs
+even before they are trained (they enter ‖z‖, and compete for the k places).
 
 Departures: k is capped at R, as in one of the authors' two code bases; their least k of 2 and
-the dropout on the adapter's input are left out. `detach_gate` is ours: it holds w constant in
-the backward pass, which is another method, not an approximation without cost.
+the dropout on the adapter's input are left out. `detach_gate` is ours: another method.
 """
 
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lora import Adapter, Claims
-from .sparse import top_scores
+from .adapter import Adapter, Gate, require
+from .claims import Claims
+from .sparse import is_plain, normalized_top_k
 
 
 class MoRA(Adapter):
@@ -46,13 +46,7 @@ class MoRA(Adapter):
     Raises ValueError if top_k < 1, if tau is not above 0, or if delta is no number.
     """
 
-    claims = Claims(
-        zero_at_birth=True,
-        granularity="token",
-        top_k=True,
-        simplex=True,
-        as_lora={"tau": 1e12},
-    )
+    claims = Claims(True, "token", "rank", top_k=True, simplex=True, as_lora={"tau": 1e12})
 
     def __init__(
         self,
@@ -64,28 +58,28 @@ class MoRA(Adapter):
         delta: float = 0.2,
         detach_gate: bool = False,
     ):
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
-        if not tau > 0:
-            raise ValueError(f"tau is {tau}, allowed: above 0")
-        if delta != delta:
-            raise ValueError(f"delta is {delta}, allowed: any number")
-        super().__init__(base, rank, scale)
+        require(top_k >= 1, "top_k", top_k, "1 or more")
+        require(tau > 0, "tau", tau, "above 0")
+        require(delta == delta, "delta", delta, "any number")
         self.top_k, self.tau, self.delta, self.detach_gate = top_k, tau, delta, detach_gate
+        super().__init__(base, rank, scale)
         self.claims = replace(self.claims, exact_gradient=not detach_gate)
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
-        # the largest z are the largest s, so only they and the norm are needed
-        k = min(self.top_k, self.ranks)
-        z, idx, norm = top_scores(  # (..., k)
-            x, self.frozen_A, self.A, k, self.path, detach=self.detach_gate
-        )
-        s = z / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # where z = 0, s = 0
-        w = (s / self.tau).softmax(-1)
+    def gate(self, x: Tensor) -> Gate:
+        if is_plain(self.path, x, self.ranks):
+            z = self.project(x, "A")  # (..., R)
+            s = F.normalize(z, dim=-1, eps=torch.finfo(z.dtype).tiny)  # eq. 5
+            s, idx = s.topk(self.kept)  # eq. 6, (..., k)
+            z = z.gather(-1, idx)
+        else:  # the same in one pass, which pays in large layers
+            s, idx, z = normalized_top_k(
+                x, self.frozen_A, self.A, self.kept, self.path, self.detach_gate
+            )
+        w = (s / self.tau).softmax(-1)  # eq. 7
         if not self.training:
-            w = w * (s >= self.delta)
-        return idx, w.detach() if self.detach_gate else w, z
+            w = w * (s >= self.delta)  # eq. 8
+        return Gate(idx, w.detach() if self.detach_gate else w, z)
 
     def active(self) -> int:
         D, O = self.base.in_features, self.base.out_features
-        return self.ranks * D + min(self.top_k, self.ranks) * O
+        return self.ranks * D + self.kept * O

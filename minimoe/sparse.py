@@ -10,9 +10,11 @@ the other two.
     sddmm    s = g Bᵀ at idx    s[t, k] = g[t] · B[idx[t, k]]                            (T, K)
     spmm_t   d = Hᵀ g           d[i] = sum of v[t, k] · g[t] over all idx[t, k] = i      (R, O)
 
-Each can be computed in four ways: the same sums in another order.
+Each can be computed in five ways: the same sums in another order.
 
-    dense    scatter v into H, then one GEMM: T·R·O multiply-adds, whatever K is. The reference.
+    plain    scatter v into H and let autograd do the rest. The reference, and where layers are
+             small the fastest: the others' bookkeeping costs more than their arithmetic saves.
+    dense    scatter v into H, then one GEMM: T·R·O multiply-adds, whatever K is.
     gather   read the K chosen rows of B for each token: T·K·O multiply-adds, but no GEMM.
     triton   the same in our own kernels, for a GPU (kernels.py).
     compact  dense over only those ranks that some token chose.
@@ -24,13 +26,20 @@ so a task's weight gradients cost the same after 100 tasks as after 1.
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-PATHS = ("auto", "dense", "gather", "compact", "triton")
+PATHS = ("auto", "plain", "dense", "gather", "compact", "triton")
+
+# `auto` is plain up to so many tokens times ranks. CPU: measured, a step of MoRA and of LoRA-MoE at
+# D = O = 64 to 768, T 64 to 4096, one thread: up to 2^14 plain takes .56 to .97 of the others'
+# time, at 2^16 .69 to 1.39, beyond that it loses. CUDA: nobody has measured it.
+SMALL = {"cpu": 2**15, "cuda": 2**15}
 
 # `auto` leaves dense once there are this many rows per kept rank: R/K, and for spmm_t, which is
 # asked for live rows only, r/K. CPU: measured at T 4096, O 768, K 8 to 32, fp32, 2 threads.
@@ -39,6 +48,12 @@ CROSSOVER = {
     "cpu": {"spmm": 2, "sddmm": 5, "spmm_t": 5},
     "cuda": {"spmm": 128, "sddmm": 128, "spmm_t": 128},
 }
+
+
+def is_plain(path: str, x: Tensor, R: int) -> bool:
+    """Whether products of tokens x (..., D) with R ranks are computed plainly."""
+    small = SMALL["cuda" if x.is_cuda else "cpu"]
+    return path == "plain" or (path == "auto" and x.shape[:-1].numel() * R <= small)
 
 
 def rank_sparse(
@@ -57,8 +72,8 @@ def rank_sparse(
             A rank named twice counts twice; one that is to say nothing keeps its index and v = 0.
         frozen: (F, O) rows of finished tasks; they get no gradient. F may be 0.
         live: (r, O) rows in training.
-        path: "dense", "gather", "compact", "triton", or "auto", which lets each product choose
-            by `CROSSOVER`.
+        path: "plain", "dense", "gather", "compact", "triton", or "auto": plain up to `SMALL`,
+            beyond that each product by `CROSSOVER`.
         check: look at every index first. By default so on a CPU; on a GPU the look waits for the
             device, and without it torch's kernels stop at an index out of range (Triton's read
             nothing there).
@@ -76,11 +91,16 @@ def rank_sparse(
             raise ValueError(f"v has {K} ranks, no idx, and there are {len(frozen) + len(live)}")
         v, frozen, live = _cast(live, v, frozen, live)
         F = len(frozen)
+        if F and is_plain(path, v, K):
+            return v @ torch.cat([frozen.detach(), live])
         return v[..., F:] @ live + v[..., :F] @ frozen if F else v @ live
     if idx.shape != v.shape:
         raise ValueError(f"idx {tuple(idx.shape)} and v {tuple(v.shape)} differ in shape")
     idx = _ranks(idx, len(frozen) + len(live), check)
     v, frozen, live = _cast(live, v, frozen, live)
+    if is_plain(path, v, len(frozen) + len(live)):
+        H = v.new_zeros(*v.shape[:-1], len(frozen) + len(live)).scatter_add(-1, idx, v)
+        return H @ torch.cat([frozen.detach(), live])
     y = spmm(idx.reshape(-1, K), v.reshape(-1, K), frozen, live, path)
     return y.reshape(*v.shape[:-1], live.shape[1])
 
@@ -105,8 +125,19 @@ def rank_scores(
         raise ValueError(f"idx {tuple(idx.shape)} and x {tuple(x.shape)} differ in tokens")
     idx = _ranks(idx, len(frozen) + len(live), check)
     x, frozen, live = _cast(live, x, frozen, live)
+    if is_plain(path, x, len(frozen) + len(live)):
+        return (x @ torch.cat([frozen.detach(), live]).T).gather(-1, idx)
     flat = idx.reshape(-1, idx.shape[-1])
     return sddmm(flat, x.reshape(-1, x.shape[-1]), frozen, live, path).reshape(idx.shape)
+
+
+def normalized_top_k(
+    x: Tensor, frozen: Tensor, live: Tensor, k: int, path: str = "auto", detach: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, idx, z) of s, idx = F.normalize(z, dim=-1).topk(k) for z = x Aᵀ, and z at idx: by
+    `top_scores`. s is in float32 (float64 for float64). Args, shapes and errors as there."""
+    z, idx, norm = top_scores(x, frozen, live, k, path, detach)
+    return z / norm.clamp_min(torch.finfo(norm.dtype).tiny), idx, z
 
 
 def top_scores(
@@ -140,7 +171,9 @@ def top_scores(
 
 class _TopScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, frozen: Tensor, live: Tensor, k: int, path: str, detach: bool):
+    def forward(
+        ctx: Any, x: Tensor, frozen: Tensor, live: Tensor, k: int, path: str, detach: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         A = torch.cat([frozen, live])
         (T, D), R = x.shape, len(A)
         z = x @ A.T
@@ -155,7 +188,7 @@ class _TopScores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtop: Tensor, _, dnorm: Tensor):
+    def backward(ctx: Any, dtop: Tensor, _: Any, dnorm: Tensor) -> tuple[Tensor | None, ...]:
         x, frozen, live, idx, norm, z = ctx.saved_tensors
         A, F = torch.cat([frozen, live]), len(frozen)
         if not ctx.detach:
@@ -181,13 +214,15 @@ class _TopScores(torch.autograd.Function):
 
 class _Spmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, idx: Tensor, v: Tensor, frozen: Tensor, live: Tensor, path: str):
+    def forward(
+        ctx: Any, idx: Tensor, v: Tensor, frozen: Tensor, live: Tensor, path: str
+    ) -> Tensor:
         ctx.save_for_backward(idx, v, frozen, live)
         ctx.path = path
         return torch.ops.minimoe.spmm(idx, v, frozen, live, path)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         idx, v, frozen, live = ctx.saved_tensors
         F, R = len(frozen), len(frozen) + len(live)
         dv = sddmm(idx, dy, frozen, live, ctx.path) if ctx.needs_input_grad[1] else None
@@ -197,13 +232,15 @@ class _Spmm(torch.autograd.Function):
 
 class _Sddmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, idx: Tensor, g: Tensor, frozen: Tensor, live: Tensor, path: str):
+    def forward(
+        ctx: Any, idx: Tensor, g: Tensor, frozen: Tensor, live: Tensor, path: str
+    ) -> Tensor:
         ctx.save_for_backward(idx, g, frozen, live)
         ctx.path = path
         return torch.ops.minimoe.sddmm(idx, g, frozen, live, path)
 
     @staticmethod
-    def backward(ctx, ds: Tensor):
+    def backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, ...]:
         idx, g, frozen, live = ctx.saved_tensors
         F, R = len(frozen), len(frozen) + len(live)
         dg = spmm(idx, ds, frozen, live, ctx.path) if ctx.needs_input_grad[1] else None
@@ -213,13 +250,15 @@ class _Sddmm(torch.autograd.Function):
 
 class _SpmmT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, idx: Tensor, v: Tensor, g: Tensor, first: int, end: int, path: str):
+    def forward(
+        ctx: Any, idx: Tensor, v: Tensor, g: Tensor, first: int, end: int, path: str
+    ) -> Tensor:
         ctx.save_for_backward(idx, v, g)
         ctx.first, ctx.path = first, path
         return torch.ops.minimoe.spmm_t(idx, v, g, first, end, path)
 
     @staticmethod
-    def backward(ctx, d: Tensor):
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         idx, v, g = ctx.saved_tensors
         zeros = d.new_zeros(ctx.first, d.shape[1])
         dv = sddmm(idx, g, zeros, d, ctx.path) if ctx.needs_input_grad[1] else None
@@ -234,10 +273,10 @@ spmm, sddmm, spmm_t = _Spmm.apply, _Sddmm.apply, _SpmmT.apply
 # by the plain calls, which cost a small layer less time than torch.library.custom_op.
 
 
-def _operator(fake):
+def _operator(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Any]:
     """Make a function of tensors the operator minimoe::name, with its output's shape in fake."""
 
-    def register(function):
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name = f"minimoe::{function.__name__.strip('_')}"
         torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(name, "CompositeExplicitAutograd")(function)
@@ -317,7 +356,7 @@ def _bag(rows: Tensor, weights: Tensor, starts: Tensor, source: Tensor) -> Tenso
     return embedding_bag(rows, source, starts, per_sample_weights=weights, mode="sum")
 
 
-def _kernels():
+def _kernels() -> Any:
     from . import kernels
 
     return kernels
@@ -332,7 +371,7 @@ def _compact(idx: Tensor, R: int) -> tuple[Tensor, Tensor]:
 
 def _choose(path: str, product: str, rows: int, idx: Tensor) -> str:
     if path != "auto":
-        return path
+        return "dense" if path == "plain" else path
     if rows < CROSSOVER["cuda" if idx.is_cuda else "cpu"][product] * idx.shape[1]:
         return "dense"
     return "triton" if idx.is_cuda and importlib.util.find_spec("triton") else "gather"
@@ -364,8 +403,8 @@ def _ranks(idx: Tensor, R: int, check: bool | None) -> Tensor:
     if look and idx.numel() and not torch.compiler.is_compiling():
         low, high = (int(end) for end in idx.aminmax())
         if low < 0 or high >= R:
-            odd = low if low < 0 else high
-            raise ValueError(f"idx holds {odd}, allowed: 0 to {R - 1}, as there are {R} ranks")
+            outside = low if low < 0 else high
+            raise ValueError(f"idx holds {outside}, allowed: 0 to {R - 1}, as there are {R} ranks")
     return idx.long()
 
 

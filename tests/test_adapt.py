@@ -17,7 +17,7 @@ from minimoe.adapt import (
     save,
     state,
 )
-from minimoe.files import write_tensors
+from minimoe.tools.files import write_tensors
 
 SCHEMES = {
     "lora": (LoRA, {}),

@@ -12,6 +12,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from minimoe.learners import fisher_information
+from minimoe.probe import dense_gate
+from minimoe.schemes.loramoe import localized_balance
 from torch import nn
 
 from minimoe import LoRA
@@ -28,8 +31,6 @@ from minimoe.adapt import (
     state,
     told,
 )
-from minimoe.learners import fisher_information
-from minimoe.probe import dense_gate
 from minimoe.schemes import (
     EWC,
     SEMA,
@@ -42,7 +43,6 @@ from minimoe.schemes import (
     OLoRA,
     SMoRA,
 )
-from minimoe.schemes.loramoe import localized_balance
 from minimoe.schemes.meteora import label_loss
 
 # samples, D, O, r, tasks: awkward ones; each sample has 2 tokens

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from minimoe.compare import LEARNERS
-from minimoe.files import read_tensors
+from minimoe.continual.streams import STREAMS
 from minimoe.laws import LAWS, says
-from minimoe.streams import STREAMS
+from minimoe.roster import ROSTER
+from minimoe.tools.files import read_tensors
 
 SMALL = ["--tasks", "3", "--epochs", "2", "--rank", "4"]
 
@@ -321,7 +321,7 @@ def test_a_new_scheme_is_a_short_file_that_keeps_the_laws(tmp_path):
 
 def test_list_names_all_that_compare_takes(small):
     listed = minimoe("list", cwd=small[0]).stdout
-    for name in [*LEARNERS, *STREAMS]:
+    for name in [*ROSTER, *STREAMS]:
         assert f"\n  {name} " in listed
 
 
@@ -331,13 +331,16 @@ def test_all_are_in_one_table_with_their_parameters_and_time(tmp_path):
     assert done.returncode == 0, done.stderr
     head, _, *rows = done.stdout.split("\n\n")[1].splitlines()
     assert head.split()[-5:] == ["trainable", "stored", "active", "seconds", "ms/step"]
-    assert [row.split()[0] for row in rows] == list(LEARNERS)
+    assert [row.split()[0] for row in rows] == list(ROSTER)
     for row in rows:
         name, trainable, step = row.split()[0], row.split()[-5], row.split()[-1]
         learns = name not in ("zero_shot", "class_mean")
         assert (step != "–") == learns and (int(trainable.replace(",", "")) > 0) == learns
     found = result(tmp_path / "all")["schemes"]
     assert found["flylora"]["trainable"] < found["lora"]["trainable"] < found["smora"]["trainable"]
-    for name in ("loramoe", "sema"):  # all their experts speak, and half of the ranks are new
+    for name in (
+        "lora_moe_plugin",
+        "sema",
+    ):  # all their experts speak, and half of the ranks are new
         assert found[name]["instability"]["mean"] == 0.5
     assert (tmp_path / "all" / "gates.png").stat().st_size > 20_000

@@ -1,24 +1,22 @@
 """On a CUDA device: every path against the float64 reference, at sizes that fill it."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
-from minimoe import SCHEMES, MoRA
-from minimoe.adapt import told
-from minimoe.compare import LEARNERS, TOY
+from minimoe import MoRA
+from minimoe.adapt import context
+from minimoe.continual.learn import pretrain, run_stream
+from minimoe.continual.streams import make
 from minimoe.laws import live
-from minimoe.learn import carry, pretrain
+from minimoe.roster import ROSTER, SCHEMES
 from minimoe.sparse import rank_scores, rank_sparse, top_scores
-from minimoe.streams import make
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
-PATHS = ["dense", "gather", "compact", "triton"]
+PATHS = ["plain", "dense", "gather", "compact", "triton"]
 
 
 def draw(T, K, R, O, dtype):
@@ -68,14 +66,14 @@ def test_layers_equal_their_cpu_selves(name, path):
         what: torch.randint(len(size), (40,))
         if isinstance(size, range)
         else torch.randn(40, size, dtype=torch.float64)
-        for what, size in layer.hears().items()
+        for what, size in layer.needs().items()
     }
     found = []
     for device in ("cpu", "cuda"):
         layer.to(device)
         layer.path = "auto" if device == "cpu" else path
         weights = list(live(layer).values())
-        with told(layer, **{what: tensor.to(device) for what, tensor in said.items()}):
+        with context(layer, **{what: tensor.to(device) for what, tensor in said.items()}):
             y = layer(x.to(device))
         grads = torch.autograd.grad(y, [x, *weights], dy.to(device), materialize_grads=True)
         found.append((y, *grads))
@@ -83,14 +81,12 @@ def test_layers_equal_their_cpu_selves(name, path):
         assert torch.allclose(cpu, gpu.cpu(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", ROSTER)
 def test_learners_live_on_the_device(name):
     stream = make("permuted-digits", 2)
-    settings = TOY | {"epochs": 1}
     started = pretrain(stream, 0, "cuda")
-    run = partial(LEARNERS[name][1], settings=settings)
-    found = carry(run, started, stream, 0, epochs=1, device="cuda")
-    assert all(0 <= acc <= 1 for acc in found["matrix"][-1])
+    run = run_stream(ROSTER[name].make, started, stream, 0, epochs=1, device="cuda")
+    assert all(0 <= acc <= 1 for acc in run.matrix[-1])
 
 
 @pytest.mark.parametrize("path", PATHS)

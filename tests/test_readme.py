@@ -16,7 +16,7 @@ from minimoe.compare import LEARNERS, TOY, learners, table
 from minimoe.laws import LAWS, Row
 from minimoe.laws import table as laws_table
 from minimoe.studies import ATLAS_STREAMS, STUDIES
-from minimoe.study import findings
+from minimoe.studies.study import findings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from minimoe.sparse import CROSSOVER, rank_scores, rank_sparse, sddmm, spmm, spm
 no_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton is not installed (Linux only)"
 )
-PATHS = ["dense", "gather", "compact", pytest.param("triton", marks=no_triton)]
+PATHS = ["plain", "dense", "gather", "compact", pytest.param("triton", marks=no_triton)]
 HALF = [torch.float16, torch.bfloat16]
 
 
@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_named():
     cases = [
         (
             lambda: rank_sparse(v, idx, frozen, live, "best"),
-            "path is 'best', allowed: auto, dense, gather, compact, triton",
+            "path is 'best', allowed: auto, plain, dense, gather, compact, triton",
         ),
         (lambda: rank_sparse(v, idx[:, :2], frozen, live), r"idx \(5, 2\) and v \(5, 3\) differ"),
         (lambda: rank_sparse(v, None, frozen, live), "v has 3 ranks, no idx, and there are 7"),

@@ -82,7 +82,7 @@ NEEDED = {
     "lora_moe": "switch_balance",
     "sparse": "rank_sparse rank_scores top_scores",
     "streams": "make",
-    "learn": "pretrain carry Adapted",
+    "learn": "pretrain carry AdapterLearner",
     "baselines": "Oracle",
     "metrics": "acc bwt forgetting fwt transfer average",
     "probe": "Recorder interference intrusion redundancy ambiguity instability",

@@ -18,12 +18,12 @@ from torch import nn
 
 from minimoe import LoRA
 from minimoe.adapt import adapt, adapters, count, grow, load, parameters, save
-from minimoe.exercise import exercise
-from minimoe.learn import Adapted, carry, pretrain, score, task_seed, train
-from minimoe.metrics import acc, bwt, forgetting
-from minimoe.plots import COLOURS, MARKERS, heat_map
-from minimoe.probe import interference
-from minimoe.streams import make
+from minimoe.tools.exercise import exercise
+from minimoe.continual.learn import AdapterLearner, run_stream, pretrain, score, task_seed, train
+from minimoe.continual.metrics import acc, bwt, forgetting
+from minimoe.tools.plots import COLOURS, MARKERS, heat_map
+from minimoe.continual.probe import interference
+from minimoe.continual.streams import make
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -256,7 +256,7 @@ with torch.no_grad():
 # ## Two tasks on one update
 #
 # `carry` takes a copy of the backbone through the stream: learn task 1, test on all tasks, learn
-# task 2, test again. `Adapted` is the backbone with a scheme on its three layers; with
+# task 2, test again. `AdapterLearner` is the backbone with a scheme on its three layers; with
 # `grows=False` both tasks train the same eight ranks. `done` is called after each task, and keeps
 # a copy of the model here.
 #
@@ -269,13 +269,13 @@ def carry_through(grows):
     learners, copies = [], []
 
     def learner(model, stream):
-        learners.append(Adapted(model, LoRA, grows=grows, rank=8))
+        learners.append(AdapterLearner(model, LoRA, grows=grows, rank=8))
         return learners[0]
 
     def keep(tasks):
         copies.append(copy.deepcopy(learners[0].model))
 
-    result = carry(learner, backbone, stream, seed=0, epochs=20, device=device, done=keep)
+    result = run_stream(learner, backbone, stream, seed=0, epochs=20, device=device, done=keep)
     return result, copies
 
 

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE
-from minimoe.adapt import adapt, adapters, count, grow, load_state, state, told
-from minimoe.baselines import ToldLoRA
-from minimoe.exercise import exercise
+from minimoe.adapt import adapt, adapters, count, grow, load_state, state, context
+from minimoe.continual.baselines import ToldLoRA
+from minimoe.tools.exercise import exercise
 from minimoe.laws import degenerates_to_lora, hold, simplex, support
-from minimoe.learn import Adapted, carry, pretrain, score
+from minimoe.continual.learn import AdapterLearner, run_stream, pretrain, score
 from minimoe.lora_moe import switch_balance
-from minimoe.metrics import acc, forgetting
-from minimoe.plots import COLOURS, MARKERS, heat_map
-from minimoe.probe import ambiguity, dense_gate, instability, interference, intrusion
-from minimoe.streams import make
+from minimoe.continual.metrics import acc, forgetting
+from minimoe.tools.plots import COLOURS, MARKERS, heat_map
+from minimoe.continual.probe import ambiguity, dense_gate, instability, interference, intrusion
+from minimoe.continual.streams import make
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -234,14 +234,14 @@ def carry_through(stream, **settings):
     learners, copies = [], []
 
     def learner(model, stream):
-        learners.append(Adapted(model, LoRAMoE, rank=8, **settings))
+        learners.append(AdapterLearner(model, LoRAMoE, rank=8, **settings))
         keep()
         return learners[0]
 
     def keep(tasks=0):
         copies.append(copy.deepcopy(learners[0].model))
 
-    result = carry(learner, backbone, stream, seed=0, epochs=20, device=device, done=keep)
+    result = run_stream(learner, backbone, stream, seed=0, epochs=20, device=device, done=keep)
     return result, copies
 
 
@@ -284,7 +284,7 @@ by_hand = np.mean([mass[-1, j, j + 1 :].sum() for j in range(T - 1)])
 assert np.isclose(intrusion(run["found"]), by_hand)
 
 # %% [markdown]
-# `minimoe.probe` makes numbers of it, each a mean over tasks:
+# `minimoe.continual.probe` makes numbers of it, each a mean over tasks:
 #
 # - **intrusion**: the share of weight that old inputs give to later experts;
 # - **instability**: of the ranks chosen for an old input, then or now, the share not chosen both
@@ -366,7 +366,7 @@ assert wins[0, 0] < 0.95
 # - **later rows hidden**: for inputs of task j, take away the experts and router rows of later
 #   tasks. The router still chooses among those that are left.
 # - **own expert told**: for inputs of task j, expert j alone, at weight 1. That is the gate of
-#   `minimoe.baselines.ToldLoRA`: the same keys and values load into it, without the router.
+#   `minimoe.continual.baselines.ToldLoRA`: the same keys and values load into it, without the router.
 
 
 # %%
@@ -390,7 +390,7 @@ with torch.no_grad():
     for j, task in enumerate(tasks):
         later_hidden.append(score(hidden(end, j + 1)(task.x_test), task.y_test))
         label = torch.full((len(task.y_test),), j, device=device)
-        with told(same_experts, label=label):
+        with context(same_experts, label=label):
             own_told.append(score(same_experts(task.x_test), task.y_test))
 
 bars = {

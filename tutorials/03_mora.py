@@ -18,12 +18,12 @@ from torch import nn
 
 from minimoe import LoRA, MoRA, laws, streams
 from minimoe.adapt import adapt, grow, parameters
-from minimoe.baselines import ClassMean, Joint
-from minimoe.exercise import exercise
-from minimoe.learn import Adapted, carry, pretrain, score, train
-from minimoe.metrics import acc, bwt
-from minimoe.plots import COLOURS, MARKERS, heat_map
-from minimoe.probe import Recorder, dense_gate
+from minimoe.continual.baselines import ClassMean, Joint
+from minimoe.tools.exercise import exercise
+from minimoe.continual.learn import AdapterLearner, run_stream, pretrain, score, train
+from minimoe.continual.metrics import acc, bwt
+from minimoe.tools.plots import COLOURS, MARKERS, heat_map
+from minimoe.continual.probe import Recorder, dense_gate
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
@@ -485,10 +485,10 @@ assert torch.equal(repeat.base.x_train, stream.base.x_train)  # so the same back
 
 
 def mora(model, stream):
-    return Adapted(model, MoRA, **settings)
+    return AdapterLearner(model, MoRA, **settings)
 
 
-again = carry(mora, backbone, repeat, SEED, EPOCHS, device)
+again = run_stream(mora, backbone, repeat, SEED, EPOCHS, device)
 mass = np.array(again["found"]["mass"])  # (T + 1, T, T)
 print("inputs of A, by the task that learned the ranks:", mass[-1, -1].round(3))
 print("accuracy on A:", [round(row[0], 3) for row in again["matrix"]])
@@ -530,7 +530,7 @@ plt.show()
 
 
 def lora(model, stream):
-    return Adapted(model, LoRA, grows=False, rank=8)
+    return AdapterLearner(model, LoRA, grows=False, rank=8)
 
 
 def joint(model, stream):
@@ -543,7 +543,7 @@ makers = {"lora": lora, "mora": mora, "class_mean": ClassMean, "joint": joint}
 def carry_through(names, stream):
     """The accuracy matrix of each learner."""
     return {
-        name: np.array(carry(makers[name], backbone, stream, SEED, EPOCHS, device)["matrix"])
+        name: np.array(run_stream(makers[name], backbone, stream, SEED, EPOCHS, device)["matrix"])
         for name in names
     }
 
@@ -603,7 +603,7 @@ plt.show()
 # constant in the backward pass the same layer forgets less there.
 
 # %%
-makers["mora, detached"] = lambda model, stream: Adapted(model, MoRA, detach_gate=True, **settings)
+makers["mora, detached"] = lambda model, stream: AdapterLearner(model, MoRA, detach_gate=True, **settings)
 detached = carry_through(["mora, detached"], streams.make("rotated-digits", tasks=5, seed=SEED))
 detached = detached["mora, detached"]
 print(f"rotated-digits, BWT: exact {bwt(rotated['mora']):.3f}, detached {bwt(detached):.3f}")

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from minimoe import SCHEMES, MoRA, compare, metrics, planted, probe, streams
-from minimoe.baselines import Oracle
-from minimoe.exercise import exercise
-from minimoe.learn import pretrain, score, train
-from minimoe.plots import COLOURS, MARKERS, curves, heat_map
-from minimoe.study import Comparison
+from minimoe.continual.baselines import Oracle
+from minimoe.tools.exercise import exercise
+from minimoe.continual.learn import pretrain, score, train
+from minimoe.tools.plots import COLOURS, MARKERS, curves, heat_map
+from minimoe.studies.study import Comparison
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)  # the matrices are too small to share
@@ -211,7 +211,7 @@ assert right > 0.85 and wrong < right - 0.3
 # ## Why it forgets: the three problems
 #
 # The abstract of MoRA's paper names interference, redundancy and ambiguity, and gives no formulas.
-# This package gives five (`minimoe.probe`), from fixed inputs of every task that are looked at
+# This package gives five (`minimoe.continual.probe`), from fixed inputs of every task that are looked at
 # again after each task. With `g` the gate, `y` a layer's output, and a prime for *just after this
 # input's task was learned*:
 #
@@ -452,7 +452,7 @@ for stream in ("permuted-digits", "rotated-digits"):
 assert spreads_overlap("mora", "mor1e", "rotated-digits")
 assert compared("mora", "mor1e", "rotated-digits").verdict == "holds"
 # the smaller difference of the two holds, the larger does not
-small, large = (compared(name, "olora", "permuted-digits") for name in ("loramoe", "ewc"))
+small, large = (compared(name, "olora", "permuted-digits") for name in ("lora_moe_plugin", "ewc"))
 assert 0 < small.difference[0] < large.difference[0]
 assert small.verdict == "holds" and large.verdict == "mixed"
 # first by its mean, and not told from the second
@@ -519,7 +519,7 @@ assert step < 1e-8 and jump > 1
 # ## A stream where the best is known
 #
 # Bounds by training leave a doubt: was `joint` trained well? On the `planted` stream a task is a
-# linear map, and what a scheme could express is a matter of algebra (`minimoe.planted`): one
+# linear map, and what a scheme could express is a matter of algebra (`minimoe.continual.planted`): one
 # update of rank R can do no better than least squares cut to its R leading directions. The score
 # is the share of the answer explained, 1 at best. `reachable` writes it down without training.
 

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import minimoe
 from minimoe import MoRA
 from minimoe.bench import Clock, DenseMasked
-from minimoe.exercise import exercise
-from minimoe.plots import COLOURS, MARKERS
+from minimoe.tools.exercise import exercise
+from minimoe.tools.plots import COLOURS, MARKERS
 from minimoe.sparse import CROSSOVER, rank_scores, rank_sparse, sddmm, spmm, spmm_t, top_scores
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +52,7 @@ def close(a, b):
 #     y[t] = Σ_k  v[t, k] · B[idx[t, k]]        B (R, O), one row per rank
 #
 # or, with a matrix H (T, R) that holds `v` at `idx` and zeros elsewhere, y = H B. A masked dense
-# layer stores H. Letters as everywhere in the package: T tokens, D in, O out, R ranks in all, K
+# layer stores H. Letters as sum_over_processes in the package: T tokens, D in, O out, R ranks in all, K
 # kept.
 
 # %%

@@ -31,13 +31,13 @@ from minimoe import (
     laws,
     streams,
 )
-from minimoe.adapt import adapt, adapters, after_step, aux_loss, grow, told
-from minimoe.exercise import exercise
-from minimoe.learn import Adapted, carry, pretrain
-from minimoe.learners import Clustered
-from minimoe.metrics import acc, bwt
-from minimoe.plots import COLOURS, curves
-from minimoe.probe import PROBLEMS, dense_gate
+from minimoe.adapt import adapt, adapters, after_step, aux_loss, grow, context
+from minimoe.tools.exercise import exercise
+from minimoe.continual.learn import AdapterLearner, run_stream, pretrain
+from minimoe.continual.learners import MoCLELearner
+from minimoe.continual.metrics import acc, bwt
+from minimoe.tools.plots import COLOURS, curves
+from minimoe.continual.probe import PROBLEMS, dense_gate
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
@@ -267,7 +267,7 @@ assert changed > 0.2
 #
 # ## In the table
 #
-# `Adapted` puts a scheme into each linear layer of a pretrained backbone and grows it between
+# `AdapterLearner` puts a scheme into each linear layer of a pretrained backbone and grows it between
 # tasks; `carry` takes it through a stream. Three tasks of `permuted-digits`, one seed:
 
 # %%
@@ -284,9 +284,9 @@ runs = {}
 for name, (scheme, settings) in contenders.items():
 
     def make(model, stream, scheme=scheme, settings=settings):
-        return Adapted(model, scheme, rank=8, **settings)
+        return AdapterLearner(model, scheme, rank=8, **settings)
 
-    runs[name] = carry(make, backbone, stream, SEED, EPOCHS, device, name=name)
+    runs[name] = run_stream(make, backbone, stream, SEED, EPOCHS, device, name=name)
 
 print(f"{'':9}{'ACC':>7}{'BWT':>7}{'active':>8}", *(f"{p:>13}" for p in PROBLEMS))
 for name, run in runs.items():
@@ -332,7 +332,7 @@ assert runs["energy"]["active"] == runs["mora"]["active"]
 # ## What a gate needs beyond x
 #
 # MoCLE chooses an expert by the cluster that a sample is in, which the layer cannot see. The scheme
-# says in `hears()` what it must be told; its gate asks with `self.hear("cluster", x)`; and who
+# says in `hears()` what it must be told; its gate asks with `self.given("cluster", x)`; and who
 # calls the model says it with `told`, which reaches all its adapters.
 
 # %%
@@ -343,13 +343,13 @@ grow(model)  # a second task: three clusters more
 for _, layer in adapters(model):
     nn.init.normal_(layer.frozen_B)
     nn.init.normal_(layer.B)
-print("hears", model[0].hears())
-assert model[0].hears() == {"cluster": range(6)}
+print("hears", model[0].needs())
+assert model[0].needs() == {"cluster": range(6)}
 
 samples = torch.randn(4, 20, 32)  # 4 samples of 20 tokens
-with torch.no_grad(), told(model, cluster=torch.tensor([0, 1, 4, 5])):  # one for each sample
+with torch.no_grad(), context(model, cluster=torch.tensor([0, 1, 4, 5])):  # one for each sample
     y = model(samples)
-with torch.no_grad(), told(model, cluster=torch.tensor([0, 1, 4, 2])):  # the last one differs
+with torch.no_grad(), context(model, cluster=torch.tensor([0, 1, 4, 2])):  # the last one differs
     other = model(samples)
 assert y.shape == (4, 20, 10)
 assert torch.equal(y[:3], other[:3])
@@ -357,7 +357,7 @@ assert not torch.allclose(y[3], other[3])
 
 for said in ({}, {"cluster": torch.tensor([0, 1, 4, 6])}):
     try:
-        with told(model, **said):
+        with context(model, **said):
             model(samples)
     except (RuntimeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}")
@@ -365,12 +365,12 @@ for said in ({}, {"cluster": torch.tensor([0, 1, 4, 6])}):
         raise AssertionError("no error")
 
 # %% [markdown]
-# In a stream the learner says it: `Adapted.say(x)` returns what the adapters are told of inputs
+# In a stream the learner says it: `AdapterLearner.say(x)` returns what the adapters are told of inputs
 # $x$. MoCLE's, in `learners.py`, looks for the nearest cluster centre. The laws tell every scheme
 # something of each sample, drawn from the sample itself, so they need no help.
 
 # %%
-print(inspect.getsource(Clustered.say))
+print(inspect.getsource(MoCLELearner.say))
 row = laws.hold(laws.granularity, MoCLE)
 print(row)
 assert row.verdict == "held"
@@ -400,7 +400,7 @@ assert layer.keys.shape == (8, 16)  # once for each expert
 # %%
 torch.manual_seed(0)
 layer = SMoRA(nn.Linear(16, 16), rank=4, top_k=1, rate=0.01).train()
-print("fixed", SMoRA.fixed, " trained", [n for n, p in layer.named_parameters() if p.requires_grad])
+print("fixed", SMoRA.buffer_rows, " trained", [n for n, p in layer.named_parameters() if p.requires_grad])
 layer(torch.randn(101, 16))
 counts = layer.counts
 after_step(layer)  # `train` in learn.py calls it after every step

@@ -35,9 +35,9 @@ from minimoe.adapt import (
     parameters,
     save,
 )
-from minimoe.exercise import exercise
-from minimoe.metrics import acc, forgetting, summary
-from minimoe.plots import COLOURS, MARKERS, heat_map
+from minimoe.tools.exercise import exercise
+from minimoe.continual.metrics import acc, forgetting, summary
+from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 
 try:
     import transformers

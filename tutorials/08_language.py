@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE, MoRA
-from minimoe.adapt import adapt, adapters, after_step, aux_loss, count, grow, parameters, told
-from minimoe.baselines import ToldLoRA
-from minimoe.exercise import exercise
-from minimoe.plots import COLOURS, MARKERS
-from minimoe.probe import Recorder, dense_gate
+from minimoe.adapt import adapt, adapters, after_step, aux_loss, count, grow, parameters, context
+from minimoe.continual.baselines import ToldLoRA
+from minimoe.tools.exercise import exercise
+from minimoe.tools.plots import COLOURS, MARKERS
+from minimoe.continual.probe import Recorder, dense_gate
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -225,7 +225,7 @@ SCHEMES = {
 
 def telling(model, label, pieces):
     """Inside, every piece is said to be of that task. Only ToldLoRA listens."""
-    return told(model, label=torch.full((pieces,), label, device=device))
+    return context(model, label=torch.full((pieces,), label, device=device))
 
 
 def row(model, learned):

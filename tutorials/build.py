@@ -19,7 +19,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from minimoe.files import write_atomic
+from minimoe.tools.files import write_atomic
 
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem for path in HERE.glob("[0-9][0-9]_*.py"))

@@ -1,25 +1,14 @@
-"""The atlas: one file per further paper, each the same equation with another gate."""
+"""The atlas: one file per further paper, with its layer, its loss and its life in a stream.
 
-from .ewc import EWC
-from .flylora import FlyLoRA
-from .loramoe import LoRAMoEPlugin
-from .meteora import MeteoRA
-from .mocle import MoCLE
-from .mor1e import MoR1E
-from .mosld import MoSLD
-from .olora import OLoRA
-from .sema import SEMA
-from .smora import SMoRA
+`minimoe.schemes.NAME` is the module of that name, imported when it is asked for.
+"""
 
-__all__ = [
-    "EWC",
-    "SEMA",
-    "FlyLoRA",
-    "LoRAMoEPlugin",
-    "MeteoRA",
-    "MoCLE",
-    "MoR1E",
-    "MoSLD",
-    "OLoRA",
-    "SMoRA",
-]
+from importlib import import_module
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error

@@ -31,7 +31,8 @@ Keys are stored dense, zeros and all.
 import torch
 from torch import Tensor, nn
 
-from ..lora import Adapter, Claims
+from ..adapter import Adapter, Gate, require
+from ..claims import Claims
 from .smora import chosen, rebalance
 
 
@@ -48,7 +49,7 @@ class FlyLoRA(Adapter):
     """
 
     claims = Claims(zero_at_birth=True, granularity="token", top_k=True, as_lora={})
-    fixed = ("A", "bias")
+    buffer_rows = ("A", "bias")
     bias: Tensor
 
     def __init__(
@@ -60,28 +61,24 @@ class FlyLoRA(Adapter):
         rate: float = 0.01,
         signed: bool = False,
     ):
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
-        if not rate >= 0:
-            raise ValueError(f"rate is {rate}, allowed: 0 or more")
+        require(top_k >= 1, "top_k", top_k, "1 or more")
+        require(rate >= 0, "rate", rate, "0 or more")
         self.top_k, self.rate, self.signed = top_k, rate, signed
         super().__init__(base, rank, scale)
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+    def gate(self, x: Tensor) -> Gate:
         z = self.project(x, "A")  # (..., R)
         score = z + self.rows("bias")
         score = score if self.signed else score.abs()
-        idx = score.topk(min(self.top_k, self.ranks)).indices  # (..., k)
+        idx = score.topk(self.kept).indices  # (..., k)
         if self.training:
             self.counts = chosen(idx, self.ranks)
-        return idx, 1.0, z.gather(-1, idx)
+        return Gate(idx, 1.0, z.gather(-1, idx))
 
     def active(self) -> int:
         D, O = self.base.in_features, self.base.out_features
-        k = min(self.top_k, self.ranks)
-        return (
-            self.ranks * D + k * O + self.ranks * (k < self.ranks)
-        )  # biases: if there is a choice
+        biases = self.ranks if self.kept < self.ranks else 0  # read where there is a choice
+        return self.ranks * D + self.kept * O + biases
 
     def fresh(self) -> dict[str, Tensor]:
         rows = super().fresh()

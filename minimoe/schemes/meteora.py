@@ -1,4 +1,4 @@
-"""MeteoRA: whole LoRAs, and a router that is told in training which of them a sample is for.
+"""MeteoRA: whole LoRAs, and a router that learns from labels which of them a sample is for.
 
 MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models. Xu et al., arXiv 2405.13053.
 
@@ -29,8 +29,9 @@ element.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lora import Adapter, Claims
-from ..parallel import everywhere
+from ..adapter import Adapter, Gate, require
+from ..claims import Claims
+from ..tools.parallel import sum_over_processes
 
 
 class MeteoRA(Adapter):
@@ -41,7 +42,7 @@ class MeteoRA(Adapter):
         tau: temperature of the softmax.
         supervision: coefficient of the cross-entropy, left in `aux` in training.
 
-    Must be told, in training: label (...), the expert of each sample, from 0 to E - 1.
+    Needs, in training, the context label (...), the expert of each sample, from 0 to E - 1.
     Raises ValueError if top_k < 1, supervision < 0, or tau is not above 0.
     """
 
@@ -63,40 +64,35 @@ class MeteoRA(Adapter):
         tau: float = 1.0,
         supervision: float = 50.0,
     ):
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
-        if not tau > 0:
-            raise ValueError(f"tau is {tau}, allowed: above 0")
-        if not supervision >= 0:
-            raise ValueError(f"supervision is {supervision}, allowed: 0 or more")
+        require(top_k >= 1, "top_k", top_k, "1 or more")
+        require(tau > 0, "tau", tau, "above 0")
+        require(supervision >= 0, "supervision", supervision, "0 or more")
         self.top_k, self.tau, self.supervision = top_k, tau, supervision
         super().__init__(base, rank, scale)
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
-        logits = self.project(x, "router")  # (..., E)
-        top, expert = logits.topk(min(self.top_k, logits.shape[-1]))  # (..., k)
+    def gate(self, x: Tensor) -> Gate:
+        l = self.project(x, "router")  # (..., E)
+        top, expert = l.topk(self.kept)  # (..., k)
         w = (top / self.tau).softmax(-1)
         if self.training:
-            label = self.hear("label", x).expand(x.shape[:-1])
-            self.aux = self.supervision * label_loss(logits, label)
-        return self.of_blocks(x, expert, w)
+            label = self.given("label", x).expand(x.shape[:-1])
+            self.aux = self.supervision * label_loss(l, label)
+        return self.gate_blocks(x, expert, w)
 
     def active(self) -> int:
-        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.block
-        return E * D + min(self.top_k, E) * self.block * (D + O)
+        D, O = self.base.in_features, self.base.out_features
+        return self.n_experts * D + self.kept * self.block * (D + O)
 
     def fresh(self) -> dict[str, Tensor]:
-        rows = self.base.weight.new_empty(1, self.base.in_features)
-        return super().fresh() | {"router": rows.normal_(std=0.02)}
+        return super().fresh() | {"router": self.fresh_router()}
 
-    def hears(self) -> dict[str, range | int]:
-        return {"label": range(self.ranks // self.block)} if self.training else {}
+    def needs(self) -> dict[str, range | int]:
+        return {"label": range(self.n_experts)} if self.training else {}
 
 
-def label_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy of logits (..., E) with label (...), the mean over the tokens of all processes:
-    0 for an empty batch."""
-    loss = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), label.flatten().long(), reduction="sum"
-    )
-    return everywhere(loss) / everywhere(loss.new_tensor(float(label.numel()))).clamp_min(1)
+def label_loss(l: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of logits l (..., E) with label (...): the mean over the tokens of all
+    processes, 0 for an empty batch."""
+    loss = F.cross_entropy(l.reshape(-1, l.shape[-1]), label.flatten().long(), reduction="sum")
+    tokens = sum_over_processes(loss.new_tensor(float(label.numel())))
+    return sum_over_processes(loss) / tokens.clamp_min(1)

@@ -6,7 +6,7 @@ arXiv 2312.12379.
 The one equation for the chosen expert, and a universal expert beside it:
 
     z = x Aᵀ
-    p = softmax(W C[c] / tau)               c, the cluster of the sample, is told
+    p = softmax(W C[c] / tau)               c, the cluster of the sample, is given
     G = the largest p                       one expert e per sample, not renormalised
     g = G for each rank of e, 0 elsewhere
     y = x W0ᵀ + scale · (g ⊙ z) B + scale · (1 - G) · (x UAᵀ) UB
@@ -18,8 +18,8 @@ K = r.
 
 Life: one task trains one new expert and its router row, and the embeddings of the new clusters that
 it brings; older ones are frozen. The universal expert trains on, from the second task on: a single
-expert has G = 1. Clusters are k-means clusters of the samples' embeddings, and are the caller's:
-the layer only learns which one a sample is in.
+expert has G = 1. Clusters are k-means clusters of the samples' embeddings, and are found by
+`MoCLELearner`: the layer is given which one a sample is in.
 
 Departures: nothing makes a new cluster prefer the new expert: if its embedding first falls to an
 old one, which is frozen, it stays there. The paper clusters all data once and trains four experts
@@ -27,11 +27,17 @@ at once. The authors' code multiplies the chosen expert by G twice. M is not giv
 """
 
 import math
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lora import Adapter, Claims
+from ..adapter import Adapter, Gate, require
+from ..claims import Claims
+from ..continual.learn import Fit
+from ..continual.learners import EmbeddingLearner
+from ..continual.streams import Stream
 
 
 class MoCLE(Adapter):
@@ -43,7 +49,7 @@ class MoCLE(Adapter):
         tau: temperature of the softmax; towards 0 it silences the universal expert.
         embedding: M.
 
-    Must be told: cluster (...), that of each sample, from 0 on, over all tasks.
+    Needs the context cluster (...), that of each sample, from 0 on, over all tasks.
     Raises ValueError if clusters < 1, embedding < 1, or tau is not above 0.
     """
 
@@ -60,24 +66,22 @@ class MoCLE(Adapter):
         tau: float = 0.05,
         embedding: int = 16,
     ):
-        for name, value in (("clusters", clusters), ("embedding", embedding)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, allowed: 1 or more")
-        if not tau > 0:
-            raise ValueError(f"tau is {tau}, allowed: above 0")
+        require(clusters >= 1, "clusters", clusters, "1 or more")
+        require(embedding >= 1, "embedding", embedding, "1 or more")
+        require(tau > 0, "tau", tau, "above 0")
         self.clusters, self.tau, self.embedding = clusters, tau, embedding
         super().__init__(base, rank, scale)
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(e, G, 1 - G), each (..., 1) with an axis of 1 for each of x's token axes."""
-        C = F.embedding(self.hear("cluster", x), self.rows("C"))  # (..., M)
+        C = F.embedding(self.given("cluster", x), self.rows("C"))  # (..., M)
         p = (self.project(C, "router") / self.tau).softmax(-1)  # (..., E)
         G, e = p.max(-1, keepdim=True)
         return e, G, p.scatter(-1, e, 0.0).sum(-1, keepdim=True)  # exact where 1 - G rounds to 0
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+    def gate(self, x: Tensor) -> Gate:
         e, G, _ = (t.expand(*x.shape[:-1], 1) for t in self.choose(x))
-        return self.of_blocks(x, e, G)
+        return self.gate_blocks(x, e, G)
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, rest = self.choose(x)
@@ -85,8 +89,8 @@ class MoCLE(Adapter):
         return super().forward(x) + universal
 
     def active(self) -> int:
-        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.block
-        return 2 * self.block * (D + O) + (E + 1) * self.embedding
+        D, O = self.base.in_features, self.base.out_features
+        return 2 * self.block * (D + O) + (self.n_experts + 1) * self.embedding
 
     def fresh(self) -> dict[str, Tensor]:
         rows = super().fresh()
@@ -94,9 +98,42 @@ class MoCLE(Adapter):
         router = rows["A"].new_empty(1, self.embedding)
         return rows | {"C": C, "router": nn.init.kaiming_uniform_(router, a=math.sqrt(5))}
 
-    def shared(self) -> dict[str, Tensor]:
+    def task_agnostic(self) -> dict[str, Tensor]:
         rows = super().fresh()
         return {"UA": rows["A"], "UB": rows["B"]}
 
-    def hears(self) -> dict[str, range | int]:
+    def needs(self) -> dict[str, range | int]:
         return {"cluster": range(len(self.rows("C")))}
+
+
+class MoCLELearner(EmbeddingLearner):
+    """Life in a stream: an input's cluster is the nearest of all that the tasks have brought."""
+
+    def __init__(
+        self, model: nn.Module, clusters: int, scheme: type[MoCLE] = MoCLE, **settings: Any
+    ):
+        super().__init__(model, scheme, clusters=clusters, **settings)
+        self.clusters = clusters
+        first = next(p for p in self.frozen.parameters())  # (out, in), on the model's device
+        self.known = self.embed(first.new_zeros(0, first.shape[1]))  # (0, F)
+
+    def context(self, x: Tensor) -> dict[str, Tensor]:
+        if not len(self.known):  # before any task
+            return {"cluster": torch.zeros(len(x), dtype=torch.int64, device=x.device)}
+        return {"cluster": torch.cdist(self.embed(x), self.known.to(x)).argmin(-1)}
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        self.known = torch.cat([self.known, self.centres(stream.tasks[t]).to(self.known)])
+        super().learn(stream, t, fit)
+
+    def count(self) -> dict[str, int]:
+        """With the centres, all of which an input is held against."""
+        counts = super().count()
+        return counts | {k: counts[k] + self.known.numel() for k in ("stored", "active")}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"known": self.known, **super().state()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.known = tensors["known"].to(self.known.device)
+        super().load_state({name: t for name, t in tensors.items() if name != "known"})

@@ -6,7 +6,7 @@ Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetuning. Li
 The one equation, with weights of two kinds, one per token and one per sample:
 
     z = x Aᵀ
-    c = C e / ‖e‖                           e, an embedding of the sample, is told; C: one cluster
+    c = C e / ‖e‖                           e, an embedding of the sample, is given; C: one cluster
                                             centre per rank; the "intuition"
     o = sigmoid(100 w1),  q = sigmoid(100 w2)
     g = q · (R · o · softmax(x Wᵀ) + 4 · (1 - o) · c)
@@ -19,49 +19,56 @@ centres, e (B, F), w1 and w2 (1,); each rank is an expert: E = R, and all speak.
 W, w1 and w2 are 0 at first, so g = 1/2 · (1/2 + 2 c): the router's part sums to R · o.
 
 Life: one task trains r new ranks and their router rows, and w1 and w2 go on; all older rows are
-frozen. Its r centres are k-means centres of its samples' embeddings, of length 1, and are the
-caller's to set (`centres`, random until then): that is when the data are there.
+frozen. Its r centres, random at first, are set to k-means centres of its samples' embeddings, of
+length 1, when the data are there: `MoR1ELearner`.
 
 Departures: the paper trains one mixture, with one set of centres from all data, shared by all
 layers; here each layer has its own copy.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lora import Adapter, Claims
+from ..adapt import adapters
+from ..adapter import Adapter, Gate, require
+from ..claims import Claims
+from ..continual.learn import Fit
+from ..continual.learners import EmbeddingLearner
+from ..continual.streams import Stream, Task
 
 
 class MoR1E(Adapter):
     """Rank-1 experts with intuition. Parameters: R (2 D + O + F) + 2, all of them active.
 
     Args beyond Adapter's:
-        embedding: F, the width of the embedding that it is told; 64 is the toy backbone's.
+        embedding: F, the width of the embedding that it is given; 64 is the toy backbone's.
 
-    Must be told: embedding (..., F), one per sample.
+    Needs the context embedding (..., F), one per sample.
     Raises ValueError if embedding < 1.
     """
 
     claims = Claims(zero_at_birth=True, granularity="token")
-    fixed = ("centres",)
+    buffer_rows = ("centres",)
     centres: Tensor
     w1: Tensor
     w2: Tensor
 
     def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0, embedding: int = 64):
-        if embedding < 1:
-            raise ValueError(f"embedding is {embedding}, allowed: 1 or more")
+        require(embedding >= 1, "embedding", embedding, "1 or more")
         self.embedding = embedding
         super().__init__(base, rank, scale)
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
-        e = self.hear("embedding", x).to(self.centres.dtype)  # (..., F)
+    def gate(self, x: Tensor) -> Gate:
+        e = self.given("embedding", x).to(self.centres.dtype)  # (..., F)
         c = F.linear(F.normalize(e, dim=-1), self.rows("centres"))  # (..., R)
         router = self.project(x, "router").softmax(-1)
         token = self.ranks * (100 * self.w1).sigmoid() * router
         sample = 4 * (-100 * self.w1).sigmoid() * c  # sigmoid(-a) = 1 - sigmoid(a)
-        return None, (100 * self.w2).sigmoid() * (token + sample), self.project(x, "A")
+        g = (100 * self.w2).sigmoid() * (token + sample)
+        return Gate(None, g, self.project(x, "A"))
 
     def active(self) -> int:
         D, O = self.base.in_features, self.base.out_features
@@ -72,8 +79,29 @@ class MoR1E(Adapter):
         centres = F.normalize(torch.randn(self.rank, self.embedding), dim=-1).to(rows["A"])
         return rows | {"router": torch.zeros_like(rows["A"]), "centres": centres}
 
-    def shared(self) -> dict[str, Tensor]:
+    def task_agnostic(self) -> dict[str, Tensor]:
         return {name: self.base.weight.new_zeros(1) for name in ("w1", "w2")}
 
-    def hears(self) -> dict[str, range | int]:
+    def needs(self) -> dict[str, range | int]:
         return {"embedding": self.embedding}
+
+
+class MoR1ELearner(EmbeddingLearner):
+    """Life in a stream: every layer's new ranks get the centres of the new task's clusters."""
+
+    def __init__(self, model: nn.Module, scheme: type[MoR1E] = MoR1E, **settings: Any):
+        super().__init__(model, scheme, **settings)
+
+    def context(self, x: Tensor) -> dict[str, Tensor]:
+        return {"embedding": self.embed(x)}
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        def fit_with_centres(model: nn.Module, weights: Any, task: Task) -> None:
+            layers = [cast(MoR1E, layer) for _, layer in adapters(model)]
+            self.clusters = layers[0].rank
+            centres = F.normalize(self.centres(task), dim=-1)
+            for layer in layers:
+                layer.centres = centres.clone()
+            fit(model, weights, task)
+
+        super().learn(stream, t, fit_with_centres)

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lora import Adapter, Claims
+from ..adapter import Adapter, Gate, require
+from ..claims import Claims
 
 
 class MoSLD(Adapter):
@@ -58,20 +59,18 @@ class MoSLD(Adapter):
         top_k: int = 2,
         dropout: float = 0.1,
     ):
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, allowed: 0 to below 1")
+        require(top_k >= 1, "top_k", top_k, "1 or more")
+        require(0 <= dropout < 1, "dropout", dropout, "0 to below 1")
         self.top_k, self.dropout = top_k, dropout
         super().__init__(base, rank, scale)
 
     @property
     def keys(self) -> Tensor:
-        return self.A.repeat(self.ranks // self.block, 1)
+        return self.A.repeat(self.n_experts, 1)
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
-        logits = self.project(x, "router")  # (..., E)
-        top, expert = logits.topk(min(self.top_k, logits.shape[-1]))  # (..., k)
+    def gate(self, x: Tensor) -> Gate:
+        l = self.project(x, "router")  # (..., E)
+        top, expert = l.topk(self.kept)  # (..., k)
         w = top.softmax(-1)
         A, p = self.A, self.dropout
         if self.training and p:
@@ -79,15 +78,14 @@ class MoSLD(Adapter):
         ranks = torch.arange(self.block, device=x.device)
         idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
         z = F.linear(x, A).repeat(*[1] * (x.ndim - 1), top.shape[-1])  # the same for all experts
-        return idx, w.repeat_interleave(self.block, -1), z
+        return Gate(idx, w.repeat_interleave(self.block, -1), z)
 
     def active(self) -> int:
-        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.block
-        return self.block * D + E * D + min(self.top_k, E) * self.block * O
+        D, O = self.base.in_features, self.base.out_features
+        return self.block * D + self.n_experts * D + self.kept * self.block * O
 
     def fresh(self) -> dict[str, Tensor]:
-        router = self.base.weight.new_empty(1, self.base.in_features)
-        return {"B": super().fresh()["B"], "router": router.normal_(std=0.02)}
+        return {"B": super().fresh()["B"], "router": self.fresh_router()}
 
-    def shared(self) -> dict[str, Tensor]:
+    def task_agnostic(self) -> dict[str, Tensor]:
         return {"A": super().fresh()["A"]}

@@ -20,6 +20,7 @@ is 0 in most of its experiments.
 
 from torch import Tensor, nn
 
+from ..adapter import Gate, require
 from ..lora import LoRA
 
 
@@ -35,12 +36,11 @@ class OLoRA(LoRA):
     def __init__(
         self, base: nn.Linear, rank: int = 8, scale: float = 1.0, orthogonality: float = 0.5
     ):
-        if not orthogonality >= 0:
-            raise ValueError(f"orthogonality is {orthogonality}, allowed: 0 or more")
+        require(orthogonality >= 0, "orthogonality", orthogonality, "0 or more")
         super().__init__(base, rank, scale)
         self.orthogonality = orthogonality
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+    def gate(self, x: Tensor) -> Gate:
         if self.training:
             self.aux = self.orthogonality * (self.frozen_A @ self.A.T).abs().sum()
         return super().gate(x)

@@ -22,20 +22,25 @@ Each expert has a descriptor, a linear autoencoder of what the layer saw while i
                                             0 with two samples or fewer
     expand iff  min over e of (mean over samples of s_e) > threshold
 
-Life, which is the caller's (learners.Expanding): for a new task, layer by layer from the input on,
-if `surprised`, then `grow`, train the new expert and router row, then the live descriptor (its loss
-is left in `aux` in training), then `settle`. A layer that is not surprised stays as it is, and if
-none is nothing is trained.
+Life (`SEMALearner`): for a new task, layer by layer from the input on, if `surprised`, then `grow`,
+train the new expert and router row, then the live descriptor (its loss is left in `aux` in
+training), then `settle`. A layer that is not surprised stays as it is. If none is, nothing trains.
 
 Departures: the paper's experts are adapters beside a transformer's MLP; these are LoRAs of any
 linear layer. Its head goes on training; the class embeddings here are frozen.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
-from ..lora import Adapter, Claims
-from ..parallel import everywhere
+from ..adapt import adapters
+from ..adapter import Adapter, Gate, require
+from ..claims import Claims
+from ..continual.learn import AdapterLearner, Fit
+from ..continual.streams import Stream, Task
+from ..tools.parallel import sum_over_processes
 
 
 class SEMA(Adapter):
@@ -56,7 +61,10 @@ class SEMA(Adapter):
         simplex=True,
         as_lora={"router": 0.0},
     )
-    fixed = ("mu", "sigma")
+    buffer_rows = ("mu", "sigma")
+    router: Tensor
+    P: Tensor
+    Q: Tensor
     mu: Tensor
     sigma: Tensor
 
@@ -68,22 +76,20 @@ class SEMA(Adapter):
         threshold: float = 1.0,
         width: int = 8,
     ):
-        if threshold != threshold:
-            raise ValueError(f"threshold is {threshold}, allowed: any number")
-        if width < 1:
-            raise ValueError(f"width is {width}, allowed: 1 or more")
+        require(threshold == threshold, "threshold", threshold, "any number")
+        require(width >= 1, "width", width, "1 or more")
         self.threshold, self.width = threshold, width
         super().__init__(base, rank, scale)
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
+    def gate(self, x: Tensor) -> Gate:
         m = sample_mean(x)
         w = self.project(m, "router").softmax(-1)  # (..., E), 1 for each token axis
         if self.training:
             eps = self.errors(m.detach())[..., -1]  # of the live descriptor
-            n = everywhere(eps.new_tensor(float(eps.numel()))).clamp_min(1)
-            self.aux = everywhere(eps.sum()) / n
+            n = sum_over_processes(eps.new_tensor(float(eps.numel()))).clamp_min(1)
+            self.aux = sum_over_processes(eps.sum()) / n
         g = w.repeat_interleave(self.block, -1).expand(*x.shape[:-1], self.ranks)
-        return None, g, self.project(x, "A")
+        return Gate(None, g, self.project(x, "A"))
 
     def errors(self, m: Tensor) -> Tensor:
         """eps (..., E) of every expert's descriptor, for m (..., D)."""
@@ -95,7 +101,7 @@ class SEMA(Adapter):
     @torch.no_grad()
     def surprised(self, x: Tensor) -> bool:
         """Whether no descriptor knows x (..., D), the layer's inputs from a new task."""
-        eps = self.errors(sample_mean(x)).reshape(-1, self.ranks // self.block)
+        eps = self.errors(sample_mean(x)).reshape(-1, self.n_experts)
         sigma = self.rows("sigma").clamp_min(torch.finfo(eps.dtype).tiny)
         s = (eps - self.rows("mu")).abs() / sigma  # (samples, E)
         return bool(s.mean(0).min() > self.threshold)
@@ -108,13 +114,12 @@ class SEMA(Adapter):
             self.mu, self.sigma = eps.mean().view(1), eps.std().view(1)
 
     def active(self) -> int:
-        D, O, E = self.base.in_features, self.base.out_features, self.ranks // self.block
-        return self.ranks * (D + O) + E * D
+        D, O = self.base.in_features, self.base.out_features
+        return self.ranks * (D + O) + self.n_experts * D
 
     def fresh(self) -> dict[str, Tensor]:
         rows = super().fresh()
-        D = self.base.in_features
-        router = rows["A"].new_empty(1, D).normal_(std=0.02)
+        D, router = self.base.in_features, self.fresh_router()
         P, Q = (nn.init.xavier_uniform_(rows["A"].new_empty(self.width, D)) for _ in range(2))
         # not settled yet: an infinite deviation, so that s = 0
         mu, sigma = router.new_zeros(1), router.new_full((1,), torch.inf)
@@ -124,3 +129,40 @@ class SEMA(Adapter):
 def sample_mean(x: Tensor) -> Tensor:
     """m: the mean of x (samples, tokens, D) over tokens, as (samples, 1, D)."""
     return x.mean(tuple(range(1, x.ndim - 1)), keepdim=True) if x.ndim > 2 else x
+
+
+class SEMALearner(AdapterLearner):
+    """Life in a stream: layer by layer, from the input on, a layer that is surprised by a new task
+    gets one expert more, which is trained before the next layer is looked at."""
+
+    def __init__(self, model: nn.Module, scheme: type[SEMA] = SEMA, **settings: Any):
+        super().__init__(model, scheme, **settings)
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        layers = [cast(SEMA, layer) for _, layer in adapters(self.model)]
+        task = stream.tasks[t]
+        if t == 0:  # no expert knows anything yet: all learn at once
+            self._train(layers, task, fit)
+            return
+        for layer in layers:
+            if layer.surprised(self._seen(layer, task.x_train)):
+                layer.grow()
+                self._train([layer], task, fit)
+
+    def _train(self, layers: list[SEMA], task: Task, fit: Fit) -> None:
+        """The live experts of these layers, then their descriptors."""
+        fit(self.with_context, [w for n in layers for w in (n.A, n.B, n.router)], task)
+        fit(self.with_context, [w for n in layers for w in (n.P, n.Q)], task)
+        for layer in layers:
+            layer.settle(self._seen(layer, task.x_train))
+
+    @torch.no_grad()
+    def _seen(self, layer: SEMA, x: Tensor) -> Tensor:
+        """The layer's inputs when the model is called on x."""
+        seen: list[Tensor] = []
+        hook = layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+        try:
+            self.model(x)
+        finally:
+            hook.remove()
+        return torch.cat(seen)

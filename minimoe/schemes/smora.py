@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora import Adapter, Claims
-from ..parallel import everywhere
+from ..adapter import Adapter, Gate, require
+from ..claims import Claims
 from ..sparse import rank_scores
+from ..tools.parallel import sum_over_processes
 
 
 class SMoRA(Adapter):
@@ -53,7 +54,7 @@ class SMoRA(Adapter):
         simplex="kept",
         as_lora={"router": 0.0, "bias": 0.0},
     )
-    fixed = ("bias",)
+    buffer_rows = ("bias",)
     bias: Tensor
 
     def __init__(
@@ -64,31 +65,28 @@ class SMoRA(Adapter):
         top_k: int = 8,
         rate: float = 1e-5,
     ):
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}, allowed: 1 or more")
-        if not rate >= 0:
-            raise ValueError(f"rate is {rate}, allowed: 0 or more")
+        require(top_k >= 1, "top_k", top_k, "1 or more")
+        require(rate >= 0, "rate", rate, "0 or more")
         self.top_k, self.rate = top_k, rate
         super().__init__(base, rank, scale)
 
-    def gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | float, Tensor]:
-        logits = self.project(x, "router")  # (..., R), of which 16 bits lose the small sigmoids
-        s = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-        top, idx = (s + self.rows("bias")).topk(min(self.top_k, self.ranks))  # (..., k)
+    def gate(self, x: Tensor) -> Gate:
+        l = self.project(x, "router")  # (..., R), of which 16 bits lose the small sigmoids
+        s = l.to(torch.promote_types(l.dtype, torch.float32)).sigmoid()
+        top, idx = (s + self.rows("bias")).topk(self.kept)  # (..., k)
         total = top.sum(-1, keepdim=True)
         g = top.shape[-1] * top / total.where(total != 0, 1)  # 0 where all s are
         if self.training:
             self.counts = chosen(idx, self.ranks)
-        return idx, g, rank_scores(x, idx, self.frozen_A, self.A, self.path)
+        return Gate(idx, g, rank_scores(x, idx, self.frozen_A, self.A, self.path))
 
     def active(self) -> int:
         D, O = self.base.in_features, self.base.out_features
-        return self.ranks * (D + 1) + min(self.top_k, self.ranks) * (D + O)
+        return self.ranks * (D + 1) + self.kept * (D + O)
 
     def fresh(self) -> dict[str, Tensor]:
         rows = super().fresh()
-        router = torch.empty_like(rows["A"]).normal_(std=0.02)
-        return rows | {"router": router, "bias": rows["A"].new_zeros(self.rank)}
+        return rows | {"router": self.fresh_router(), "bias": rows["A"].new_zeros(self.rank)}
 
     def after_step(self) -> None:
         rebalance(self)
@@ -106,6 +104,6 @@ def rebalance(layer: Any) -> None:
     """b <- b + u · sign(mean(c) - c) for a layer's live ranks, c (R,) being its `counts` of the
     last step, summed over processes, and u its `rate`. Twice in a step is once."""
     if layer.counts is not None:
-        c = everywhere(layer.counts)
+        c = sum_over_processes(layer.counts)
         layer.counts, live = None, layer.bias
         live += layer.rate * (c.mean() - c).sign()[-len(live) :]

@@ -1,6 +1,6 @@
 """Balancing moves the biases of frozen ranks too: older tasks' ranks weigh otherwise."""
 
-from minimoe import SMoRA
+from minimoe.schemes.smora import SMoRA
 
 LAW = "only_live_learns"
 

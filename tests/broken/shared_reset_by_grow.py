@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from minimoe import MoSLD
+from minimoe.schemes.mosld import MoSLD
 
 LAW = "grow_keeps"
 
@@ -10,4 +10,4 @@ LAW = "grow_keeps"
 class Scheme(MoSLD):
     def grow(self):
         super().grow()
-        self.A = nn.Parameter(self.shared()["A"])
+        self.A = nn.Parameter(self.task_agnostic()["A"])

@@ -1,6 +1,6 @@
 """Weights sum to 1, and are said to sum to the number kept: the more, the less each says."""
 
-from minimoe import SMoRA
+from minimoe.schemes.smora import SMoRA
 
 LAW = "simplex"
 

@@ -1,0 +1,230 @@
+"""The skeleton of all schemes: the one equation, frozen and live ranks, and growth.
+
+    z = x Aᵀ                            what every rank sees
+    y = x W0ᵀ + scale · (g ⊙ z) B       what the chosen ranks say
+
+A scheme is a subclass that fills in the gate g. lora.py is the simplest: read it first.
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept ranks,
+k kept experts. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values: rank i is the pair
+(A[i], B[i]).
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .claims import Claims
+from .sparse import is_plain, rank_scores, rank_sparse
+
+
+class Gate(NamedTuple):
+    """What a gate says of each token of x (..., D)."""
+
+    idx: Tensor | None  # (..., K) the kept ranks; None keeps all R, in order
+    weight: Tensor | float  # (..., K) g of each
+    z: Tensor  # (..., K) what each sees, x Aᵀ at idx
+
+
+def require(holds: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise ValueError "NAME is VALUE, allowed: ALLOWED" unless the condition holds."""
+    if not holds:
+        raise ValueError(f"{name} is {value}, allowed: {allowed}")
+
+
+class Adapter(nn.Module):
+    """A frozen nn.Linear, and ranks beside it that learn.
+
+    Ranks in training are parameters (`A`, `B`); those of finished tasks are buffers (`frozen_A`,
+    `frozen_B`) and come first. Nothing happens by itself: the caller says when a task ends
+    (`grow`), when the optimiser has made a step (`after_step`), and what a gate needs beyond x
+    (adapt.context).
+
+    A scheme states its `claims`, its `gate`, its `active` parameters, and in `fresh` the rows that
+    a task adds. It keeps each argument of its constructor under the argument's own name.
+
+    Args:
+        base: the linear layer to adapt. It is wrapped, not copied; its weights are frozen.
+        rank: r, the ranks at the start, and those that each `grow` adds.
+        scale: the factor on the whole update.
+
+    Raises TypeError if base is no nn.Linear, ValueError if a setting is out of its range.
+    """
+
+    claims = Claims()
+    buffer_rows: tuple[str, ...] = ()  # rows that no gradient trains: buffers, also while live
+    path = "auto"  # how the products are computed (sparse.py)
+    top_k: int  # k, where the scheme has it
+    experts = 1  # that a task adds, where experts are blocks
+    aux: Tensor | None = None  # auxiliary loss of the last forward pass in training, if any
+    counts: Tensor | None = None  # (R,) how often each rank was kept there, if it is counted
+    context: Mapping[str, Tensor] = {}  # side information of the samples, by name
+    A: Tensor
+    B: Tensor
+    frozen_A: Tensor
+    frozen_B: Tensor
+
+    def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"base is {type(base).__name__}, allowed: nn.Linear")
+        most = min(base.in_features, base.out_features)
+        if not 1 <= rank <= most:
+            raise ValueError(f"rank is {rank}, allowed for this layer: 1 to {most}")
+        self.base, self.rank, self.scale = base.requires_grad_(False), rank, scale
+        for name, rows in self.fresh().items():
+            self.register_buffer(f"frozen_{name}", rows[:0].clone())
+            if name in self.buffer_rows:
+                self.register_buffer(name, rows)
+            else:
+                self.register_parameter(name, nn.Parameter(rows))
+        for name, tensor in self.task_agnostic().items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def gate(self, x: Tensor) -> Gate:
+        """Which ranks are kept for x (..., D), their weights, and what they see."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        idx, g, z = self.gate(x)
+        y = self.base(x)
+        update = rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path, check=False)
+        return update.to(y.dtype).add_(y)  # in place: one array of (..., O) less
+
+    def active(self) -> int:
+        """How many of the adapter's parameters one token's output depends on by value."""
+        raise NotImplementedError
+
+    # Rows: what is learned, task by task
+
+    def fresh(self) -> dict[str, Tensor]:
+        """The rows that one task adds: keys kaiming_uniform(a=sqrt 5), values zero, so that a
+        fresh layer is the base layer, bit for bit."""
+        W0 = self.base.weight
+        O, D = W0.shape
+        A = nn.init.kaiming_uniform_(W0.new_empty(self.rank, D), a=math.sqrt(5))
+        return {"A": A, "B": W0.new_zeros(self.rank, O)}
+
+    def fresh_router(self) -> Tensor:
+        """A router's rows (n, D) for the n experts that a task adds: N(0, .02)."""
+        n = self.rank // self.block
+        return self.base.weight.new_empty(n, self.base.in_features).normal_(std=0.02)
+
+    def task_agnostic(self) -> dict[str, Tensor]:
+        """What belongs to no task: every task trains it. By default nothing."""
+        return {}
+
+    def grow(self) -> None:
+        """A task ends: freeze every live row and add fresh ones.
+
+        The fresh rows are new parameters: give them a new optimiser.
+        """
+        self.counts = None
+        for name, rows in self.fresh().items():
+            setattr(self, f"frozen_{name}", self.rows(name).detach())
+            setattr(self, name, rows if name in self.buffer_rows else nn.Parameter(rows))
+
+    def after_step(self) -> None:
+        """The optimiser has made a step: what the scheme does between steps. By default nothing."""
+
+    def rows(self, name: str) -> Tensor:
+        """All rows of that name, the frozen ones first."""
+        return torch.cat([getattr(self, f"frozen_{name}"), getattr(self, name)])
+
+    @property
+    def keys(self) -> Tensor:
+        """A (R, D), of all ranks."""
+        return self.rows("A")
+
+    def project(self, x: Tensor, name: str) -> Tensor:
+        """x (..., D) against all rows of that name: (..., rows). In two products where layers are
+        large, so that the live rows' gradient costs nothing for frozen ones."""
+        frozen, live = getattr(self, f"frozen_{name}"), getattr(self, name)
+        if not len(frozen):
+            return F.linear(x, live)
+        if is_plain(self.path, x, len(frozen) + len(live)):
+            return F.linear(x, torch.cat([frozen, live]))
+        return torch.cat([F.linear(x, frozen), F.linear(x, live)], dim=-1)
+
+    def gate_blocks(self, x: Tensor, expert: Tensor, w: Tensor) -> Gate:
+        """The gate that keeps whole blocks of ranks: expert (..., k) and their weights w."""
+        ranks = torch.arange(self.block, device=x.device)
+        idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
+        z = rank_scores(x, idx, self.frozen_A, self.A, self.path, check=False)
+        return Gate(idx, w.repeat_interleave(self.block, -1), z)
+
+    # Sizes and settings
+
+    @property
+    def ranks(self) -> int:
+        """R, frozen and live."""
+        return len(self.frozen_B) + len(self.B)
+
+    @property
+    def block(self) -> int:
+        """Ranks of one expert: where experts are blocks, a task's, shared out among them."""
+        return self.rank // self.experts if self.claims.expert == "block" else 1
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return self.ranks // self.block
+
+    @property
+    def kept(self) -> int:
+        """k: `top_k`, at most E."""
+        return min(self.top_k, self.n_experts)
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, without base."""
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names if name != "base"}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in {"ranks": self.ranks, **self.settings()}.items())
+
+    # Context: what a gate needs beyond x (adapt.context gives it)
+
+    def needs(self) -> dict[str, range | int]:
+        """The context that the gate needs of each sample, in the present mode: by name, the range of
+        an index, or the width of a vector. By default nothing."""
+        return {}
+
+    def given(self, name: str, x: Tensor) -> Tensor:
+        """The context of that name for the samples of x (..., D), which are x's first axes: an
+        index (...) or a vector (..., F), with an axis of 1 for each of x's token axes.
+
+        Raises RuntimeError if there is none, ValueError if it is of other samples than x's, or
+        an index out of its range (looked at on a CPU only: a GPU would have to be waited for).
+        """
+        if name not in self.context:
+            call = f"with context(model, {name}=...): model(x)"
+            raise RuntimeError(f"{type(self).__name__} needs the {name}: {call}")
+        value, need = self.context[name], self.needs()[name]
+        width = () if isinstance(need, range) else (need,)
+        samples = value.shape[: value.ndim - len(width)]
+        if (*samples, *width) != value.shape or samples != x.shape[:-1][: len(samples)]:
+            allowed = f"{tuple(x.shape)}: its first axes" + "".join(f", then {n}" for n in width)
+            raise ValueError(f"{name} is {tuple(value.shape)}, allowed for x {allowed}")
+        look = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if isinstance(need, range) and look and value.numel():
+            for end in (int(value.min()), int(value.max())):
+                require(end in need, name, end, f"0 to {len(need) - 1}")
+        return value.reshape((*samples, *[1] * (x.ndim - 1 - len(samples)), *width))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """A grown layer's state loads into a fresh one: frozen rows take the size that comes."""
+        for name in [n for n in self._buffers if n.startswith("frozen_")]:
+            rows, here = state_dict.get(prefix + name), getattr(self, name)
+            if rows is not None and rows.shape[1:] == here.shape[1:]:
+                setattr(self, name, here.new_empty(rows.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what belongs to one step."""
+        return self.__dict__ | {"aux": None, "counts": None, "context": {}}

@@ -1,0 +1,142 @@
+"""What tells a reader whether a number is good: learners to hold a scheme against.
+
+Beside these, `Learner` (zero-shot: no adaptation at all) and `AdapterLearner` with a LoRA that
+grows (ranks added per task, all of them always on) serve as baselines as they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt import parameters
+from ..adapter import Adapter, Gate
+from ..claims import Claims
+from ..lora import LoRA
+from ..sparse import rank_scores
+from .learn import AdapterLearner, Backbone, Fit, Learner
+from .learners import TaskLabelLearner
+from .streams import Stream, Task
+
+
+class ClassMean(Learner):
+    """Nearest class mean: no training; a digit's prototype is the mean of its frozen features.
+
+    The mean is over all that the stream has shown of the digit so far, and over the base domain
+    until then. No weight is overwritten, but tasks that look different share one mean, and blur it.
+    """
+
+    model: Backbone
+
+    def __init__(self, model: Backbone, stream: Stream):
+        super().__init__(model)
+        C, F = model.classes.shape
+        self.total, self.seen = torch.zeros(2, C, F, dtype=torch.float64), torch.zeros(2, C)
+        self._add(0, stream.base)
+
+    @torch.no_grad()
+    def _add(self, source: int, task: Task) -> None:
+        """Count a task's features in: source 0 is the base domain, 1 the stream."""
+        features = self.model.features(task.x_train.to(self.model.classes.device)).double().cpu()
+        self.total[source].index_add_(0, task.y_train.cpu(), features)
+        self.seen[source] += task.y_train.cpu().bincount(minlength=self.seen.shape[1])
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        self._add(1, stream.tasks[t])
+
+    def predict(self, x: Tensor, j: int) -> Tensor:
+        source = (self.seen[1] > 0).long()  # (C,)
+        digits = torch.arange(len(source))
+        mean = self.total[source, digits] / self.seen[source, digits].unsqueeze(1)  # (C, F)
+        return -torch.cdist(self.model.features(x), mean.to(x))
+
+    def count(self) -> dict[str, int]:
+        return {"trainable": 0, "stored": self.total[0].numel(), "active": self.total[0].numel()}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"total": self.total, "seen": self.seen}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.total, self.seen = tensors["total"], tensors["seen"]
+
+
+class HeadOnly(Learner):
+    """A linear probe carried through the stream: the class embeddings alone learn."""
+
+    model: Backbone
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        self.model.classes.requires_grad_(True)
+        fit(self.model, [self.model.classes], stream.tasks[t])
+
+    def count(self) -> dict[str, int]:
+        return dict.fromkeys(("trainable", "stored", "active"), self.model.classes.numel())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"classes": self.model.classes}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.model.classes.copy_(tensors["classes"])
+
+
+class Joint(AdapterLearner):
+    """One LoRA trained on all tasks at once: what could be learned if nothing came in sequence.
+
+    It learns when the stream is complete; the rows of its matrix before that are nan.
+
+    Args:
+        rank: r, ranks per task; the LoRA has r for each of the stream's tasks, or as many as the
+            narrowest layer allows.
+    """
+
+    def __init__(self, model: Any, stream: Stream, rank: int = 8, **settings: Any):
+        rank = min(rank * len(stream.tasks), *model.fc1.weight.shape)
+        super().__init__(model, LoRA, grows=False, rank=rank, **settings)
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        if t == len(stream.tasks) - 1:
+            every = [
+                torch.cat([getattr(task, name) for task in stream.tasks])
+                for name in ("x_train", "y_train", "x_test", "y_test")
+            ]
+            fit(self.model, parameters(self.model), Task("all tasks", *every))
+
+    def row(self, stream: Stream, learned: int) -> list[float]:
+        J = len(stream.tasks)
+        return super().row(stream, learned) if learned in (0, J) else [float("nan")] * J
+
+
+class ToldLoRA(Adapter):
+    """LoRA whose gate is given the task: g = 1 on the ranks of the task `label`, 0 elsewhere.
+
+    A task not learned yet has no ranks; the layer is then W0 alone.
+    """
+
+    claims = Claims(zero_at_birth=True, granularity="token")
+
+    def gate(self, x: Tensor) -> Gate:
+        label = self.given("label", x).expand(x.shape[:-1])
+        tasks = self.ranks // self.rank
+        idx = label.clamp(max=tasks - 1).unsqueeze(-1) * self.rank
+        idx = idx + torch.arange(self.rank, device=x.device)  # (..., r)
+        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
+        return Gate(idx, (label < tasks).unsqueeze(-1).to(z.dtype), z)
+
+    def active(self) -> int:
+        return self.rank * (self.base.in_features + self.base.out_features)
+
+    def needs(self) -> dict[str, range | int]:
+        return {"label": range(self.ranks // self.rank + 1)}
+
+
+class Oracle(TaskLabelLearner):
+    """One LoRA per task, told at test which task it is: no wrong routing, no interference."""
+
+    def __init__(self, model: nn.Module, scheme: type[Adapter] | None = None, **settings: Any):
+        super().__init__(model, scheme or ToldLoRA, **settings)
+
+    def predict(self, x: Tensor, j: int) -> Tensor:
+        layer: Any = self.model.fc1
+        self.label = min(j, layer.ranks // layer.rank)  # beyond those learned all are alike
+        return super().predict(x, j)

@@ -1,0 +1,56 @@
+"""What several schemes' lives in a stream share, beyond growing between tasks (learn.py).
+
+They give their adapters context (adapt.context): a label, a cluster or an embedding of each input.
+The embedding is the frozen backbone's features, as a sentence encoder's would be in a language
+model: of each input alone, and the same at all times. The task is never given at test.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from .learn import AdapterLearner, Fit
+from .streams import Stream, Task
+
+
+class TaskLabelLearner(AdapterLearner):
+    """Gives its adapters, in training, the task of each sample as its label."""
+
+    label = 0
+
+    def context(self, x: Tensor) -> dict[str, Tensor]:
+        return {"label": torch.full(x.shape[:1], self.label, device=x.device)}
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        self.label = t
+        super().learn(stream, t, fit)
+
+
+class EmbeddingLearner(AdapterLearner):
+    """Has an embedding of every input, and clusters each new task's."""
+
+    clusters = 0  # per task
+
+    def __init__(self, model: nn.Module, scheme: type[Adapter], **settings: Any):
+        self.frozen = copy.deepcopy(model)
+        super().__init__(model, scheme, **settings)
+
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> Tensor:
+        """(N, F), of length 1: the backbone's features; of a model that has none, x."""
+        features = getattr(self.frozen, "features", nn.Identity())
+        return F.normalize(features(x), dim=-1)
+
+    def centres(self, task: Task) -> Tensor:
+        """k-means centres (clusters, F) of a task's embeddings. (scikit-learn's, with its own
+        random state from torch's, so that a run repeats.)"""
+        from sklearn.cluster import KMeans  # not at the top: it takes as long to import as torch
+
+        e = self.embed(task.x_train)
+        state = int(torch.randint(2**31, ()))
+        kmeans = KMeans(self.clusters, n_init=3, random_state=state).fit(e.double().cpu().numpy())
+        return torch.as_tensor(kmeans.cluster_centers_, dtype=e.dtype, device=e.device)

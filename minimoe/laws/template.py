@@ -1,0 +1,37 @@
+"""NewScheme: say in one line what its ranks do.
+
+Paper: authors, title, arXiv id, equation numbers. If it is your own idea, say so.
+
+The one equation, of which this file fills in g:
+
+    z = x Aᵀ
+    g = 1                                   <- your gate's equation
+    y = x W0ᵀ + scale · (g ⊙ z) B
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values.
+
+Departures from the paper: none yet.
+
+Check it: minimoe check new_scheme.py:NewScheme
+"""
+
+import torch
+from torch import Tensor
+
+from minimoe import Adapter, Claims, Gate
+
+
+class NewScheme(Adapter):
+    """NewScheme. Parameters: R (D + O), all of them active."""
+
+    # help(Claims) says what more there is to claim: top_k, simplex, an expert of r ranks, ...
+    claims = Claims(zero_at_birth=True, granularity="token", as_lora={})
+
+    def gate(self, x: Tensor) -> Gate:
+        z = self.project(x, "A")  # (..., R)
+        g = torch.ones_like(z)  # <- your gate: one weight per rank, (..., R)
+        return Gate(None, g, z)  # to keep K of R ranks: Gate(idx, g, z at idx), each (..., K)
+
+    def active(self) -> int:
+        return self.ranks * (self.base.in_features + self.base.out_features)

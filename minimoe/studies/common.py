@@ -1,0 +1,142 @@
+"""What several studies share: schemes at the roster's settings, one run through a stream, and the
+words and lines that numbers become.
+
+All schemes have the settings of `minimoe compare` (roster.py), but for what a row's label says.
+"""
+
+import functools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..adapter import Adapter
+from ..continual import streams
+from ..continual.learn import AdapterLearner, Backbone, pretrain, run_stream
+from ..continual.metrics import acc, bwt
+from ..continual.probe import PROBLEMS
+from ..roster import ROSTER, SCHEMES
+from ..tools.results import Line
+from .study import Cell, Comparison, Rows, Values
+
+PERMUTED = "permuted-digits"
+TWO_STREAMS = (PERMUTED, "rotated-digits")
+COLUMNS = {"acc": "ACC", "bwt": "BWT", **{name: name for name in PROBLEMS}}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The roster's settings of a name, without a scale of 1, which every scheme has by default."""
+    return {k: v for k, v in ROSTER[name].settings.items() if (k, v) != ("scale", 1)}
+
+
+# A scheme in a cell: its name, whether it grows between tasks, its settings.
+LORA: Cell = {"scheme": "lora", "grows": False, "settings": settings_of("lora")}
+GROWN: Cell = {"scheme": "lora", "grows": True, "settings": settings_of("lora_grown")}
+MOE: Cell = {"scheme": "lora_moe", "grows": True, "settings": settings_of("lora_moe")}
+MORA: Cell = {"scheme": "mora", "grows": True, "settings": settings_of("mora")}
+
+
+def with_settings(cell: Cell, **changes: Any) -> Cell:
+    """The same cell with other settings, or more."""
+    return cell | {"settings": cell["settings"] | changes}
+
+
+def cells_of(
+    study: str, rows: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], epochs: int
+) -> list[Cell]:
+    """Every row with every seed; seeds in order, so that a study cut short has whole rows."""
+    return [
+        {"study": study, "row": row, "seed": seed, "epochs": epochs, **rest}
+        for seed in seeds
+        for row, rest in rows.items()
+    ]
+
+
+# One run
+
+
+@functools.lru_cache(maxsize=4)
+def stream_and_backbone(stream: str, tasks: int, seed: int) -> tuple[streams.Stream, Backbone]:
+    """A stream, and a backbone pretrained for it. Kept for the next cell, so not to be changed."""
+    made = streams.make(stream, tasks, seed)
+    return made, pretrain(made, seed)
+
+
+def carried(cell: Cell, classes: Mapping[str, type[Adapter]] = SCHEMES) -> dict[str, Any]:
+    """Carry the cell's scheme through its stream, and measure.
+
+    acc, bwt, the problems of probe.py, stored and active as `compare` has them, and:
+
+    seen: after each task, mean accuracy on the tasks so far.
+    drift: after each task but the first, mean drift of the old ones' layer outputs.
+    own: the share of the gate's weight that a task's inputs give to the ranks it has just added,
+        mean over tasks after the first. chance: what it would be if all ranks weighed the same.
+    back, anew: the shares that inputs of the last task give to the first task's ranks, and to the
+        last one's. (On repeat, the last task is the first.)
+    again: accuracy on the last task before it is learned.
+    """
+    return run_cell(cell, classes)[0]
+
+
+def run_cell(
+    cell: Cell, classes: Mapping[str, type[Adapter]] = SCHEMES
+) -> tuple[dict[str, Any], Backbone, Backbone]:
+    """What `carried` measures, the model at the end, and the backbone that it started from.
+
+    classes: where the cell's "scheme" is a name.
+    """
+    stream, backbone = stream_and_backbone(cell["stream"], cell["tasks"], cell["seed"])
+    learners: list[AdapterLearner] = []
+
+    def make(model: Backbone, stream: streams.Stream) -> AdapterLearner:
+        scheme = classes[cell["scheme"]]
+        learners.append(AdapterLearner(model, scheme, grows=cell["grows"], **cell["settings"]))
+        return learners[0]
+
+    label = f"{cell['row']}, seed {cell['seed']}"
+    run = run_stream(make, backbone, stream, cell["seed"], cell["epochs"], name=label)
+    J, a = cell["tasks"], np.array(run.matrix)  # (J + 1, J)
+    mass, drift = np.array(run.records["mass"]), np.array(run.records["drift"])
+    measured = {
+        "acc": acc(a),
+        "bwt": bwt(a),
+        **{name: problem(run.records) for name, problem in PROBLEMS.items()},
+        "stored": run.stored,
+        "active": run.active,
+        "own": float(np.mean([mass[t, t - 1, t - 1] for t in range(2, J + 1)])),
+        "chance": statistics.fmean(1 / t for t in range(2, J + 1)),
+        "back": float(mass[J, J - 1, 0]),
+        "anew": float(mass[J, J - 1, J - 1]),
+        "again": float(a[J - 1, J - 1]),
+        "seen": [float(a[t, :t].mean()) for t in range(1, J + 1)],
+        "drift": [float(drift[t, : t - 1].mean()) for t in range(2, J + 1)],
+    }
+    return measured, learners[0].model, backbone
+
+
+# Words and lines
+
+
+def mean(values: Values) -> str:
+    """As in a table: .913"""
+    return f"{statistics.fmean(values):.3f}".replace("0.", ".", 1)
+
+
+def beside(more: Values, less: Values | float) -> str:
+    """Where the first stands: "above", "below", or "not told from" the second, by Comparison's
+    rule."""
+    words = {"holds": "above", "does not hold": "below", "mixed": "not told from"}
+    return words[Comparison("", more, less).verdict]
+
+
+def line(label: str, seeds: Sequence[Values]) -> Line:
+    """One line of a panel, of values (seeds, x)."""
+    values = np.array(seeds, dtype=float)
+    std = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+    return Line(label, values.mean(0).tolist(), std.tolist())
+
+
+def across(rows: Rows, labels: Sequence[str], measure: str) -> list[Values]:
+    """A measure over several rows, as (seeds, rows)."""
+    return [list(seed) for seed in zip(*(rows[label][measure] for label in labels), strict=True)]

@@ -1,0 +1,157 @@
+"""Growth: thirty tasks, one after the other: accuracy, drift, and what a step costs by then."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapt import adapt, aux_loss, count, grow, parameters
+from ..bench.clock import Clock
+from ..continual.learn import BATCH, Backbone
+from ..continual.streams import CLASSES
+from ..roster import EPOCHS, SCHEMES
+from ..tools.results import Panel
+from .common import (
+    COLUMNS,
+    GROWN,
+    LORA,
+    MOE,
+    MORA,
+    PERMUTED,
+    beside,
+    carried,
+    cells_of,
+    line,
+    mean,
+)
+from .study import Cell, Claim, Comparison, Rows, Study
+
+ARMS = {"lora": LORA, "lora_grown": GROWN, "lora_moe": MOE, "mora": MORA}
+
+
+def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
+    start = {"stream": PERMUTED, "tasks": 4 if quick else 30}
+    rows = {name: start | arm for name, arm in ARMS.items()}
+    return cells_of("growth", rows, seeds, epochs=3 if quick else EPOCHS)
+
+
+def sizes(tasks: int) -> list[int]:
+    """After how many tasks costs are measured."""
+    return sorted({1, *range(5, tasks, 5), tasks})
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """What `carried` measures, and what layers that have grown so far cost: parameters active, the
+    time of a training step and the memory it holds, as multiples of the plain backbone's."""
+    measured = carried(cell)
+    grown = sizes(cell["tasks"])
+    active, times, peaks = [], [], []
+    x = torch.randn(BATCH, 64, generator=torch.Generator().manual_seed(cell["seed"]))
+    y = torch.arange(BATCH) % CLASSES
+    for tasks in grown:
+        model = Backbone()
+        adapt(model, SCHEMES[cell["scheme"]], targets=r"fc\d", **cell["settings"])
+        for _ in range(tasks - 1 if cell["grows"] else 0):
+            grow(model)
+        plain = Backbone()
+        steps = {
+            "plain": _step(plain, list(plain.parameters()), x, y),
+            "scheme": _step(model, parameters(model), x, y),
+        }
+        clock = Clock("cpu")
+        for _ in range(3):
+            for step in steps.values():
+                step()
+        rounds = [{name: clock(step) for name, step in steps.items()} for _ in range(31)]
+        times.append(statistics.median(once["scheme"] / once["plain"] for once in rounds))
+        peaks.append(clock.peak(steps["scheme"]) / clock.peak(steps["plain"]))
+        active.append(float(count(model)["active"]))
+    return measured | {
+        "sizes": [float(size) for size in grown],
+        "actives": active,
+        "steps": times,
+        "peaks": peaks,
+        "step": times[-1],
+        "peak": peaks[-1],
+    }
+
+
+def _step(model: nn.Module, weights: Sequence[Tensor], x: Tensor, y: Tensor) -> Callable[[], Any]:
+    """One training step, but for the optimiser's part."""
+
+    def step() -> Any:
+        loss = F.cross_entropy(model(x), y) + aux_loss(model)
+        return torch.autograd.grad(loss, weights, materialize_grads=True)
+
+    return step
+
+
+def panels(rows: Rows) -> list[Panel]:
+    first = rows[next(iter(rows))]
+    J = len(first["seen"][0])
+    grown = [int(size) for size in first["sizes"][0]]
+    made = []
+    for title, ylabel, measure, x in (
+        ("accuracy", "mean accuracy on the tasks seen so far", "seen", list(range(1, J + 1))),
+        ("drift", "drift of old tasks' layer outputs", "drift", list(range(2, J + 1))),
+        ("active", "parameters read for one token", "actives", grown),
+        ("step", "training step, plain backbone = 1", "steps", grown),
+        ("memory", "memory of a step, plain backbone = 1", "peaks", grown),
+    ):
+        lines = [line(arm, rows[arm][measure]) for arm in rows]
+        made.append(Panel(title, "tasks learned", lines, ylabel, [*x]))
+    return made
+
+
+def finding(rows: Rows) -> str:
+    J = len(rows["mora"]["seen"][0])
+    parts = [
+        f"{arm} {mean(rows[arm]['acc'])} (drift {mean(rows[arm]['interference'])}, "
+        f"{mean(rows[arm]['step'])} plain steps)"
+        for arm in rows
+    ]
+    return (
+        f"After {J} tasks ACC is {', '.join(parts)}; self-activation is "
+        f"{beside(rows['mora']['acc'], rows['lora_moe']['acc'])} lora_moe, and has lost "
+        f"{mean([seen[0] - seen[-1] for seen in rows['mora']['seen']])} of what it had after the "
+        f"first task."
+    )
+
+
+def claims(rows: Rows) -> list[Claim]:
+    moved = {arm: rows[arm]["interference"] for arm in rows}
+    return [
+        Claim(
+            1,
+            "MoRA moves old tasks' outputs less than LoRA and LoRA-MoE do.",
+            [
+                Comparison(f"interference, {arm} - mora", moved[arm], moved["mora"])
+                for arm in ("lora", "lora_grown", "lora_moe")
+            ],
+        ),
+        Claim(
+            6,
+            "New ranks win the top k against trained old keys.",
+            [
+                Comparison(
+                    "weight of the newest ranks on their task - were all ranks alike",
+                    rows["mora"]["own"],
+                    rows["mora"]["chance"],
+                )
+            ],
+        ),
+    ]
+
+
+STUDY = Study(
+    asks="What happens as tasks come, to accuracy, drift, time and memory?",
+    cells=cells,
+    measure=measure,
+    columns=COLUMNS | {"own": "own", "active": "active", "step": "step", "peak": "memory"},
+    panels=panels,
+    finding=finding,
+    claims=claims,
+)

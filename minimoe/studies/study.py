@@ -1,0 +1,222 @@
+"""What a study is: many runs side by side, a table, a picture, and one sentence that the numbers
+write.
+
+A study is a list of cells, and functions that read what the cells measured. A cell is one seed of
+one row of the table: a dictionary that says all of what is run, and so names its file,
+cells/<hash>.json. A cell that has its file is not run again, so a study that was killed goes on
+where it was.
+
+Cells run through joblib, in processes here, or wherever its backend takes them:
+
+    with joblib.parallel_config(backend="dask"):       # after distributed.Client(address)
+        run_study("routing", Path("findings"), jobs=-1)
+
+Only the process that asks writes files, so a cluster needs no shared folder.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import joblib
+import numpy as np
+import torch
+from scipy.special import stdtrit
+
+from ..tools.files import write_atomic
+from ..tools.results import ClaimResult, Panel, Sample, Spread, StudyResult, to_json, with_nan
+
+Cell = dict[str, Any]  # {"study", "row": a label, "seed", and what its study's `measure` reads}
+Values = list[float]  # one per seed
+Verdict = Literal["holds", "does not hold", "mixed"]
+
+
+class Rows(Mapping[str, dict[str, list[Any]]]):
+    """What the cells measured: rows[label][measure], one value per seed, in the order of the seeds.
+
+    Args:
+        cells: seeds in order.
+        results: what each of them measured.
+    """
+
+    def __init__(self, cells: Sequence[Cell], results: Sequence[Mapping[str, Any]]):
+        self._rows: dict[str, dict[str, list[Any]]] = {}
+        for cell, result in zip(cells, results, strict=True):
+            row = self._rows.setdefault(cell["row"], {})
+            for measure, value in result.items():
+                row.setdefault(measure, []).append(value)
+
+    def __getitem__(self, label: str) -> dict[str, list[Any]]:
+        return self._rows[label]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Is `more` above `less`, over the same seeds? Values, one per seed, or one number for less."""
+
+    label: str
+    more: Values
+    less: Values | float
+
+    @property
+    def difference(self) -> tuple[float, float]:
+        """Mean and standard error of more - less, seed by seed; of one seed, an error of nan."""
+        less = self.less if isinstance(self.less, list) else [self.less] * len(self.more)
+        each = [a - b for a, b in zip(self.more, less, strict=True)]
+        error = np.std(each, ddof=1) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+        return float(np.mean(each)), float(error)
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "holds" or "does not hold" if a paired t-test at 5 % puts the mean difference above 0 or
+        below it; "mixed" if it does neither, as with a single seed."""
+        mean, error = self.difference
+        if not abs(mean) > stdtrit(len(self.more) - 1, 0.975) * error:
+            return "mixed"
+        return "holds" if mean > 0 else "does not hold"
+
+    def __str__(self) -> str:
+        mean, error = self.difference
+        spread = "" if math.isnan(error) else f" ± {error:.3f}"
+        return f"{self.label}: {mean:+.3f}{spread} ({self.verdict})"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper (its number in the list that findings.md prints), put as comparisons."""
+
+    number: int
+    claim: str
+    comparisons: list[Comparison]
+
+    @property
+    def verdict(self) -> Verdict:
+        """That of all comparisons if they agree, or else "mixed"."""
+        verdicts = {comparison.verdict for comparison in self.comparisons}
+        return verdicts.pop() if len(verdicts) == 1 else "mixed"
+
+    def result(self) -> ClaimResult:
+        """The claim as JSON holds it."""
+        numbers = [str(comparison) for comparison in self.comparisons]
+        return ClaimResult(self.number, self.claim, self.verdict, numbers)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the file of a study ends in.
+
+    asks: the question, in a line. cells(seeds, quick): what to run. measure(cell): runs one, in any
+    process, and returns numbers or lists of numbers by name. columns: those numbers that the table
+    shows, by their heads. panels(rows): what the picture shows (plots.plot_study). finding(rows):
+    the sentence. claims(rows): claims of the paper on which it bears.
+    """
+
+    asks: str
+    cells: Callable[[Sequence[int], bool], list[Cell]]
+    measure: Callable[[Cell], dict[str, Any]]
+    columns: dict[str, str]
+    panels: Callable[[Rows], list[Panel]]
+    finding: Callable[[Rows], str]
+    claims: Callable[[Rows], list[Claim]]
+
+
+def file_of(cell: Cell, folder: Path) -> Path:
+    """Where a cell's result is. Its name is a hash of all that the cell says."""
+    text = json.dumps(cell, sort_keys=True)
+    return folder / "cells" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def run(
+    cells: Sequence[Cell],
+    measure: Callable[[Cell], dict[str, Any]],
+    folder: Path,
+    jobs: int | None = None,
+    done: Callable[[str, int], None] = lambda label, cells: None,
+) -> list[dict[str, Any]]:
+    """measure(cell) of every cell, in order, each with its "seconds".
+
+    Cells whose file is in folder/cells are read. All others run, `jobs` at a time (joblib's
+    n_jobs), and are written there as they finish. `done` is called with a label, and how many
+    cells are newly finished.
+
+    Raises ValueError on a file there that is not that cell's.
+    """
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells if not file_of(cell, folder).exists()]
+    done("", len(cells) - len(todo))
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+    for cell, result in parallel(joblib.delayed(_timed)(measure, cell) for cell in todo):
+        text = json.dumps({"cell": cell, "found": to_json(result)}) + "\n"
+        write_atomic(file_of(cell, folder), text.encode())
+        done(f"{cell['row']}, seed {cell['seed']}", 1)
+    return [_read(file_of(cell, folder), cell) for cell in cells]
+
+
+def _timed(measure: Callable[[Cell], dict[str, Any]], cell: Cell) -> tuple[Cell, dict[str, Any]]:
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    result = measure(cell)
+    return cell, {"seconds": time.perf_counter() - start, **result}
+
+
+def _read(path: Path, cell: Cell) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        same = kept["cell"] == cell
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise ValueError(f"{path}: not the result of its cell; delete it to run the cell again")
+    result: dict[str, Any] = with_nan(kept["found"])
+    return result
+
+
+def report(
+    name: str,
+    study: Study,
+    seeds: Sequence[int],
+    quick: bool,
+    cells: Sequence[Cell],
+    results: Sequence[Mapping[str, Any]],
+) -> StudyResult:
+    """What NAME.json holds, given what each of the cells measured, with its "seconds"."""
+    rows = Rows(cells, results)
+    return StudyResult(
+        study=name,
+        asks=study.asks,
+        command=command(name, seeds, quick),
+        seeds=list(seeds),
+        quick=quick,
+        torch=torch.__version__,
+        core_minutes=sum(result["seconds"] for result in results) / 60,
+        columns=study.columns,
+        rows={
+            label: {measure: _sample(row[measure]) for measure in study.columns}
+            for label, row in rows.items()
+        },
+        panels=study.panels(rows),
+        finding=study.finding(rows),
+        claims=[claim.result() for claim in study.claims(rows)],
+    )
+
+
+def _sample(values: Values) -> Sample:
+    spread = Spread.of(values)
+    return Sample(spread.mean, spread.std, to_json(values))
+
+
+def command(name: str, seeds: Sequence[int], quick: bool) -> str:
+    """What a user types to have this study."""
+    given = " --quick" if quick else ""
+    return f"minimoe study {name}{given} --seeds {' '.join(map(str, seeds))}"

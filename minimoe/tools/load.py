@@ -1,0 +1,40 @@
+"""A class of somebody's Python file."""
+
+import itertools
+import sys
+import types
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+_loads = itertools.count()
+
+
+def load_class(path: str | Path, name: str, base: type[T]) -> type[T]:
+    """The subclass `name` of `base` in a Python file, which is run.
+
+    Raises FileNotFoundError; ValueError if the file fails, holds no such class, or the class is no
+    subclass of base.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    alias = f"{path.stem}_{next(_loads)}"  # two files of one name, or one file twice, are two
+    module = types.ModuleType(alias)
+    module.__file__ = str(path)
+    sys.modules[alias] = module  # pickle looks a class up there
+    sys.path.insert(0, str(path.parent))  # as Python does for a script
+    try:
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        del sys.modules[alias]
+        raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    classes = {n: c for n, c in vars(module).items() if isinstance(c, type) and c is not base}
+    fit = {n: c for n, c in classes.items() if issubclass(c, base)}
+    if name not in fit:
+        none = f"is no scheme (a subclass of minimoe.{base.__name__})"
+        wrong = none if name in classes else "is not there"
+        raise ValueError(f"{path}: {name} {wrong}; schemes there: {', '.join(fit) or 'none'}")
+    return fit[name]

@@ -1,0 +1,279 @@
+"""The pictures."""
+
+import io
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from .files import write_atomic
+from .results import CompareResult, StudyResult
+from .tables import title
+
+# Okabe and Ito's colours, made to be told apart with any colour vision, but for two of ours at the
+# end (grey, olive); every line has a marker of its own besides.
+COLOURS = ["#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"]
+COLOURS += ["#B8A900"]
+MARKERS = "osD^v<>XP"
+
+
+def plot_compare(
+    result: CompareResult,
+    path: Path,
+    thick: Collection[str] = (),
+    dashed: Collection[str] = (),
+) -> None:
+    """A comparison as one figure: on the left, accuracy on the tasks seen so far after each task,
+    mean over seeds and ± one standard deviation; on the right, every scheme's accuracy matrix.
+    (On the planted stream, the share of the answer explained.)
+
+    thick, dashed: the names whose lines are drawn so.
+    """
+    what = "share explained" if result.stream == "planted" else "accuracy"
+    names = list(result.schemes)
+    matrices = {
+        name: np.array(scheme.matrix, dtype=float) for name, scheme in result.schemes.items()
+    }  # (seeds, J + 1, J)
+    across = math.ceil(math.sqrt(len(names)))
+    down = math.ceil(len(names) / across)
+    figure = Figure(figsize=(5 + 2.1 * across, max(4.6, 0.9 + 2.1 * down)), layout="constrained")
+    panels: Any = figure.subfigures(1, 2, width_ratios=[5, 2.1 * across])
+    left, right = panels
+    curves(left.subplots(), matrices, thick, what, dashed)
+    grid = np.atleast_1d(right.subplots(down, across, sharex=True, sharey=True)).flatten()
+    for axes, name in zip(grid, names, strict=False):
+        shade = heat_map(axes, matrices[name].mean(0), name)
+    for axes in grid[len(names) :]:
+        axes.axis("off")
+    right.colorbar(shade, ax=list(grid), label=what, shrink=0.7)
+    right.supxlabel(f"{what} on task", fontsize=10)
+    right.supylabel("after learning task (0: none)", fontsize=10)
+    figure.suptitle(title(result))
+    _write(figure, path)
+
+
+def plot_gates(result: CompareResult, path: Path) -> None:
+    """Whose ranks serve whom, by what was recorded, mean over seeds. Above, at the end: the
+    share of gate weight that inputs of each task (down) give to the ranks of each task (across).
+    Below, as tasks come: the shares that inputs of the first task give. Only schemes that grow."""
+    masses = {
+        name: np.array(scheme.found["mass"], dtype=float)  # (J + 1, J, J)
+        for name, scheme in result.schemes.items()
+        if scheme.intrusion.mean is not None
+    }
+    across, down = min(max(len(masses), 2), 5), max(math.ceil(len(masses) / 5), 1)
+    figure = Figure(figsize=(1.2 + 2.6 * across, 0.6 + 5 * down), layout="constrained")
+    grid: Any = figure.subplots(2 * down, across, squeeze=False, sharey="row")
+    uppers, lowers = grid[::2].flatten(), grid[1::2].flatten()
+    for above, below, (name, mass) in zip(uppers, lowers, masses.items(), strict=False):
+        J = mass.shape[1]
+        shade = heat_map(above, mass[-1], name)
+        above.set_xlabel("ranks of task")
+        above.set_yticks(range(J), [str(j + 1) for j in range(J)])
+        tasks, colours = np.arange(1, J + 1), _shades(J)
+        below.stackplot(tasks, np.nan_to_num(mass[1:, 0].T), colors=colours)
+        below.set(xlabel="tasks learned", ylim=(0, 1), xlim=(1, J))
+        below.set_xticks(tasks[:: max(1, J // 10)])
+    for axes in (*uppers[len(masses) :], *lowers[len(masses) :]):
+        axes.axis("off")
+    if masses:
+        for above, below in zip(grid[::2, 0], grid[1::2, 0], strict=True):
+            above.set_ylabel("inputs of task")
+            below.set_ylabel("share, inputs of task 1")
+        figure.colorbar(shade, ax=list(grid[0]), label="share of gate weight")
+        patches = [Patch(color=colours[t], label=f"task {t + 1}") for t in range(J)]
+        shown = patches if J <= 10 else [patches[0], patches[-1]]
+        figure.legend(
+            handles=shown, title="ranks of", loc="outside lower center", ncols=5, frameon=False
+        )
+    figure.suptitle(title(result))
+    _write(figure, path)
+
+
+def _shades(J: int) -> list[Any]:
+    """One colour per task, first to last, dark to light."""
+    return [colormaps["cividis"](t / max(J - 1, 1)) for t in range(J)]
+
+
+def plot_bench(result: Mapping[str, Any], path: Path) -> None:
+    """bench.json as one figure. Above, the up-projection against dense; below, the whole layer
+    against its limit; forward on the left, a training step on the right. One routing, median over
+    rounds, bars from quartile to quartile where they are longer than the mark."""
+    routing = result["rows"][0]["routing"]
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    grid: Any = figure.subplots(2, 2, sharex=True, sharey="row")
+    for (part, reference), line in zip(BENCH_ROWS, grid, strict=True):
+        for axes, (which, words) in zip(line, BENCH_COLUMNS, strict=True):
+            rows = [
+                row
+                for row in result["rows"]
+                if (row["part"], row["pass"], row["routing"]) == (part, which, routing)
+            ]
+            names = list(dict.fromkeys(row["name"] for row in rows))
+            for i, name in enumerate(names):
+                mine = sorted((r for r in rows if r["name"] == name), key=lambda row: row["R"])
+                ratio = [row["ratio"] for row in mine]
+                axes.errorbar(
+                    [row["R"] for row in mine],
+                    [r["median"] for r in ratio],
+                    [r["iqr"] / 2 for r in ratio],
+                    label=name,
+                    color="black" if i == 0 else COLOURS[i - 1],
+                    marker=None if i == 0 else MARKERS[i - 1],
+                    ls="--" if i == 0 else "-",
+                    capsize=2,
+                )
+            axes.set_xscale("log", base=2)
+            if part == "up-projection":
+                axes.set_yscale("log")
+            axes.set_title(f"{part}, {words}")
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel(f"time ÷ {reference}'s")
+        line[1].legend(fontsize=9)
+    for axes in grid.flatten():
+        ticks = sorted({row["R"] for row in result["rows"] if row["part"] == "layer"})
+        axes.set_xticks(ticks)
+        axes.set_xticklabels(ticks)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+    for axes in grid[1]:
+        axes.set_xlabel("ranks in all, R")
+        axes.set_ylim(bottom=0)
+    figure.suptitle(
+        f"{result['device']}, {result['dtype']}, T = {result['tokens']}, "
+        f"D = O = {result['width']}, K = {result['top_k']}, {routing} routing"
+    )
+    _write(figure, path)
+
+
+BENCH_ROWS = (("up-projection", "dense"), ("layer", "limit"))
+BENCH_COLUMNS = (("forward", "forward"), ("training", "training step"))
+
+
+def plot_study(result: StudyResult, path: Path) -> None:
+    """A study's panels: lines of means over seeds, and ± one standard deviation; or, where a panel
+    names its rows, a point for each."""
+    panels = result.panels
+    if panels[0].names:
+        _plot_points(result, path)
+        return
+    across = len(panels) if len(panels) < 4 else 3 if len(panels) > 4 else 2
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(1 + 4.6 * across, 1.2 + 3.9 * down), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(down, across)).flatten()
+    for axes, panel in zip(grid, panels, strict=False):
+        x = np.array(panel.x, dtype=float)
+        for i, line in enumerate(panel.lines):
+            mean, std = np.array(line.mean, dtype=float), np.array(line.std, dtype=float)
+            style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            axes.plot(x, mean, label=line.label, markersize=4, lw=1.6, **style)
+            axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
+        if panel.log:
+            axes.set_xscale("log")
+        if panel.log or len(x) <= 7:
+            axes.set_xticks(x, [f"{value:g}" for value in x])
+            axes.set_xticks([], minor=True)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    by_axes = [axes.get_legend_handles_labels() for axes in grid[: len(panels)]]
+    if all(labels == by_axes[0][1] for _, labels in by_axes):  # one legend for all
+        figure.legend(*by_axes[0], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    else:
+        for axes in grid[: len(panels)]:
+            axes.legend(fontsize=8)
+    figure.suptitle(_question(result))
+    _write(figure, path)
+
+
+def _question(result: StudyResult) -> str:
+    seeds = ", ".join(map(str, result.seeds))
+    return f"{result.study}: {result.asks} Seeds {seeds}"
+
+
+def _plot_points(result: StudyResult, path: Path) -> None:
+    """Rows from the top down, panels side by side, means and ± one standard deviation."""
+    panels = result.panels
+    names, kinds = panels[0].names or [], panels[0].kinds or []
+    figure = Figure(
+        figsize=(1.6 + 2.9 * len(panels), 1.6 + 0.27 * len(names)), layout="constrained"
+    )
+    grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axes, panel in zip(grid, panels, strict=True):
+        for i, kind in enumerate(dict.fromkeys(kinds)):
+            at = [y for y, other in enumerate(kinds) if other == kind]
+            mean, std = ([panel.lines[y].mean[0] for y in at], [panel.lines[y].std[0] for y in at])
+            style: Any = {"fmt": MARKERS[i], "color": COLOURS[i], "ms": 6, "capsize": 3}
+            axes.errorbar(mean, at, xerr=std, label=kind, **style)
+        axes.set(title=panel.title, xlabel=panel.xlabel, xlim=(0, 1))
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(alpha=0.3)
+    figure.legend(
+        *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
+    figure.suptitle(_question(result))
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomic(path, buffer.getvalue())
+
+
+def curves(
+    axes: Any,
+    matrices: Mapping[str, np.ndarray],
+    thick: Collection[str] = (),
+    what: str = "accuracy",
+    dashed: Collection[str] = (),
+) -> None:
+    """Mean accuracy (or `what`) on the tasks seen so far, after each task, with ± one standard
+    deviation over seeds.
+
+    Args:
+        axes: matplotlib's, to draw on.
+        matrices: accuracy matrices (seeds, J + 1, J), by name.
+        thick, dashed: the names whose lines are drawn so.
+    """
+    for i, (name, matrix) in enumerate(matrices.items()):
+        J = matrix.shape[2]
+        tasks = np.arange(1, J + 1)
+        seen = np.stack([matrix[:, t, :t].mean(1) for t in tasks])  # (J, seeds)
+        mean, std = seen.mean(1), seen.std(1, ddof=1) if matrix.shape[0] > 1 else 0 * tasks
+        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # no pair of both comes twice
+        style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": marker, "markersize": 5}
+        width, dash = 2.5 if name in thick else 1.2, "--" if name in dashed else "-"
+        axes.plot(tasks, mean, label=name, lw=width, ls=dash, **style)
+        axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
+    bottom = min(0, axes.get_ylim()[0]) if what != "accuracy" else 0
+    axes.set(xlabel="tasks learned", ylabel=f"mean {what} on the tasks seen so far")
+    axes.set_ylim(bottom, 1)
+    axes.set_xticks(tasks)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)
+
+
+def heat_map(axes: Any, matrix: np.ndarray, name: str) -> Any:
+    """One accuracy matrix (J + 1, J), its numbers in per cent."""
+    shade = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (i, j), entry in np.ndenumerate(matrix) if matrix.shape[1] <= 10 else ():
+        if not np.isnan(entry):
+            colour = "black" if entry > 0.55 else "white"
+            axes.text(j, i, f"{100 * entry:.0f}", ha="center", va="center", color=colour, size=7)
+    axes.set_title(name, fontsize=9)
+    axes.set_xticks(range(matrix.shape[1]), [str(j + 1) for j in range(matrix.shape[1])])
+    axes.set_yticks(range(matrix.shape[0]))
+    axes.tick_params(labelsize=7, length=2)
+    return shade

@@ -1,0 +1,122 @@
+"""What `minimoe bench` times is what it says it times; that it is fast is never asserted here."""
+
+import pytest
+import torch
+
+from minimoe import bench
+from minimoe.bench import LIVE, DenseMasked, GroupedMoE
+
+KIND = {"device": "cpu", "dtype": torch.float64}
+
+
+def grads(layer, x, dy):
+    x = x.clone().requires_grad_()
+    live = [p for p in layer.parameters() if p.requires_grad]
+    y = layer(x)
+    return y, *torch.autograd.grad(y, [x, *live], dy)
+
+
+def test_planted_inputs_choose_the_ranks_they_were_planted_for():
+    idx = torch.rand(50, 200).topk(4)[1]
+    x, layers = bench.mora_layers(idx, 200, 128, KIND)
+    assert bench.agreement(layers["mora"], x, idx) > 0.99
+    assert bench.agreement(layers["mora"], x, (idx + 1) % 200) < 0.2
+
+
+@pytest.mark.parametrize("R", [24, 200])
+def test_dense_masked_is_the_same_layer_as_mora(R):
+    idx = torch.rand(30, R).topk(4)[1]
+    x, layers = bench.mora_layers(idx, R, 32, KIND)
+    dy = torch.randn_like(x)
+    for mine, theirs in zip(
+        grads(layers["dense-masked"], x, dy), grads(layers["mora"], x, dy), strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-10)
+    assert isinstance(layers["dense-masked"], DenseMasked)
+
+
+def test_grouped_mm_is_the_same_layer_as_lora_moe():
+    layers = bench.beside(32, 16, {"device": "cpu", "dtype": torch.float32})
+    assert isinstance(layers["grouped_mm"], GroupedMoE) and layers["lora_moe"].ranks == 8 * LIVE
+    x = torch.randn(30, 32)
+    dy = torch.randn_like(x)
+    for mine, theirs in zip(
+        grads(layers["grouped_mm"], x, dy), grads(layers["lora_moe"], x, dy), strict=True
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+
+
+def test_pefts_lora_has_as_many_active_ranks():
+    peft = pytest.importorskip("peft")
+    layers = bench.beside(32, 12, {"device": "cpu", "dtype": torch.float32})
+    assert isinstance(layers["peft lora"], peft.tuners.lora.Linear)
+    assert layers["peft lora"].lora_A["default"].weight.shape == (12, 32)
+
+
+def test_routes():
+    torch.manual_seed(1)
+    routes = bench.make_routes((64, 128, 200), bench.ROUTINGS, 4, 30)
+    made = {(R, "random") for R in (64, 128, 200)} | {(128, "pool"), (200, "pool")}
+    assert routes.keys() == made | {(64, "recorded"), (128, "recorded")}
+    for (R, name), idx in routes.items():
+        assert idx.shape == (30, 4) and idx.min() >= 0 and idx.max() < R
+        assert all(len(set(row)) == 4 for row in idx.tolist())
+        assert name != "pool" or len(idx.unique()) <= 64
+    # a batch of a real run keeps to fewer ranks than chance would
+    assert len(routes[128, "recorded"].unique()) < len(routes[128, "random"].unique())
+
+
+def test_recording_leaves_the_random_state_and_threads_alone():
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    bench.record((64,), 4, 5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_peak_memory_by_hand():
+    x = torch.zeros(1000)  # 4,000 bytes
+
+    def two_at_once():
+        a = x + 1
+        b = a + 1
+        del a
+        return b + 1
+
+    assert 8000 <= bench.Clock("cpu").peak(two_at_once) < 8200
+
+
+def test_rounds_are_interleaved_and_each_contender_is_first_in_turn():
+    calls = []
+    names = ["a", "b", "c"]
+    contenders = {name: lambda name=name: calls.append(name) for name in names}
+    times = bench.rounds(contenders, 3, bench.Clock("cpu"))
+    assert calls == [*"abcabc", *"abc", *"bca", *"cab"]
+    assert [len(ms) for ms in times.values()] == [3, 3, 3]
+
+
+def test_spread_by_hand():
+    assert bench.spread([3.0, 1.0, 2.0, 4.0, 5.0]) == {"median": 3.0, "iqr": 3.0}
+    assert bench.spread([2.0]) == {"median": 2.0, "iqr": 0.0}
+
+
+def test_bytes_that_must_move_by_hand():
+    idx = torch.tensor([[0, 1], [1, 2], [0, 2]])  # T 3, K 2, three ranks used; O = 5
+    # idx 6·8, v 6·4, rows of B 3·5·4, y 3·5·4
+    moved = bench.up_bytes(idx, 9, 5, torch.float32)
+    assert moved["forward"] == 48 + 24 + 60 + 60
+    # once more with dy for y; dv 6·4 and the live rows' gradients 16·5·4
+    assert moved["training"] == 2 * 192 + 24 + LIVE * 20
+
+
+def test_settings_out_of_range_are_named():
+    for settings, message in (
+        ({"tokens": 0}, "tokens is 0, allowed: 1 or more"),
+        ({"ranks": (64, 15)}, "ranks is 15, allowed: 16 or more"),
+        ({"top_k": 32, "ranks": (31,)}, "ranks is 31, allowed: 32 or more"),
+        ({"width": 8}, "width is 8, allowed: 16 or more"),
+        ({"repeats": 0}, "repeats is 0, allowed: 1 or more"),
+        ({"routings": ("random", "hot")}, "routing is 'hot', allowed: random, pool, recorded"),
+        ({"routings": ("pool",), "ranks": (64,)}, "none of the routings pool is made for any R"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bench.bench(**settings)

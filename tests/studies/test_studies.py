@@ -1,0 +1,299 @@
+"""Cells that are run once, verdicts by hand, and what the studies run."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import joblib
+import pytest
+import torch
+from torch import nn
+
+from minimoe.adapt import adapt, count, grow
+from minimoe.compare import compare
+from minimoe.continual.learn import Backbone
+from minimoe.continual.streams import STREAMS
+from minimoe.roster import ROSTER
+from minimoe.studies import STUDIES, atlas, growth, routing, run_study, silence
+from minimoe.studies.common import carried
+from minimoe.studies.knobs import CLASSES, AbsoluteMoRA
+from minimoe.studies.study import Claim, Comparison, Rows, command, file_of, report, run
+from minimoe.tools.tables import findings
+
+TINY = {"study": "tiny", "row": "a", "seed": 0, "epochs": 1, "stream": "repeat", "tasks": 3}
+MORA = {"scheme": "mora", "grows": True, "settings": {"rank": 4, "top_k": 4, "tau": 0.1}}
+
+
+def test_a_comparison_by_hand():
+    # differences 1, 2, 3: mean 2, deviation 1, error 1/√3 = .577; t(.975, 2) = 4.303, bar 2.48
+    close = Comparison("a - b", [1.0, 3.0, 5.0], [0.0, 1.0, 2.0])
+    assert close.difference == (2, pytest.approx(1 / math.sqrt(3)))
+    assert close.verdict == "mixed" and str(close) == "a - b: +2.000 ± 0.577 (mixed)"
+    # 2, 3, 4: mean 3 is beyond that bar
+    assert Comparison("", [2.0, 4.0, 6.0], [0.0, 1.0, 2.0]).verdict == "holds"
+    assert Comparison("", [0.0, 1.0, 2.0], [2.0, 4.0, 6.0]).verdict == "does not hold"
+    assert Comparison("", [2.0, 3.0, 4.0], 0.0).verdict == "holds"
+    assert Comparison("", [0.5, 0.5], [0.5, 0.5]).verdict == "mixed"
+    assert Comparison("", [0.9], [0.1]).verdict == "mixed"  # one seed tells nothing
+    assert Comparison("", [math.nan, 1.0], 0.0).verdict == "mixed"
+
+
+def test_a_claim_has_the_verdict_on_which_its_comparisons_agree():
+    up, down = Comparison("", [2.0, 2.1], 0.0), Comparison("", [-2.0, -2.1], 0.0)
+    unsure = Comparison("", [-2.0, 2.1], 0.0)
+    assert (up.verdict, down.verdict, unsure.verdict) == ("holds", "does not hold", "mixed")
+    for verdict, comparisons in {
+        "holds": [up, up],
+        "does not hold": [down],
+    }.items():
+        assert Claim(1, "", comparisons).verdict == verdict
+    for comparisons in ([up, down], [up, unsure], [down, unsure]):
+        assert Claim(1, "", comparisons).verdict == "mixed"
+
+
+def measured(cell):
+    """Leaves a mark each time it is run."""
+    with open(cell["marks"], "a") as marks:
+        marks.write(f"{cell['seed']}\n")
+    if cell["seed"] == cell.get("fails"):
+        raise FloatingPointError("as asked")
+    return {"twice": 2 * cell["seed"], "none": math.nan, "line": [0.5, math.nan]}
+
+
+def marked(path, seeds, **rest):
+    return [{"row": "a", "seed": s, "marks": str(path / "marks"), **rest} for s in seeds]
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path):
+    heard = []
+    first = run(marked(tmp_path, [2, 1]), measured, tmp_path)
+    found = run(
+        marked(tmp_path, [0, 1, 2]), measured, tmp_path, done=lambda *said: heard.append(said)
+    )
+    assert (tmp_path / "marks").read_text().split() == ["2", "1", "0"]
+    assert heard == [("", 2), ("a, seed 0", 1)]
+    assert [cell["twice"] for cell in found] == [0, 2, 4]
+    assert math.isnan(found[0]["none"]) and math.isnan(found[0]["line"][1])
+    assert found[2]["seconds"] == first[0]["seconds"] > 0  # read, not measured anew
+
+
+def test_what_was_finished_before_a_failure_is_kept(tmp_path):
+    cells = [*marked(tmp_path, [0]), *marked(tmp_path, [1], fails=1)]
+    with pytest.raises(FloatingPointError, match="as asked"):
+        run(cells, measured, tmp_path)
+    assert file_of(cells[0], tmp_path).exists() and not file_of(cells[1], tmp_path).exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"cell": {"seed": 1}, "found": {}}'])
+def test_a_file_that_is_not_its_cells_is_named(text, tmp_path):
+    (cell,) = marked(tmp_path, [0])
+    run([cell], measured, tmp_path)
+    file_of(cell, tmp_path).write_text(text)
+    with pytest.raises(ValueError, match=f"{file_of(cell, tmp_path).name}: not the result"):
+        run([cell], measured, tmp_path)
+
+
+def test_any_change_to_a_cell_is_another_cell(tmp_path):
+    (cell,) = marked(tmp_path, [0])
+    assert file_of(dict(reversed(cell.items())), tmp_path) == file_of(cell, tmp_path)
+    for other in (cell | {"seed": 1}, cell | {"row": "b"}, cell | {"more": None}):
+        assert file_of(other, tmp_path) != file_of(cell, tmp_path)
+
+
+def tiny_cells():
+    return [
+        TINY | MORA | {"seed": 0},
+        TINY | MORA | {"seed": 1},
+        TINY | {"row": "b", "scheme": "lora", "grows": False, "settings": {"rank": 2}},
+    ]
+
+
+def without_seconds(found):
+    for cell in found:
+        del cell["seconds"]
+    return json.dumps(found)  # in which nan equals nan
+
+
+@pytest.mark.filterwarnings("ignore")  # of dask's and its servers'
+def test_on_a_local_dask_cluster_the_numbers_are_the_same(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    here = run(tiny_cells(), carried, tmp_path / "here")
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=tmp_path
+    )
+    with cluster, distributed.Client(cluster), joblib.parallel_config(backend="dask"):
+        there = run(tiny_cells(), carried, tmp_path / "there", jobs=-1)
+    assert without_seconds(there) == without_seconds(here)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+def test_a_killed_study_repeats_no_finished_cell(tmp_path):
+    words = "-m minimoe study grain --quick --seeds 0 1 --jobs 2 --out"
+    start = [sys.executable, "-W", "error", *words.split()]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*start, tmp_path / "a"], start_new_session=True, **out)
+    cells = tmp_path / "a" / "cells"
+    while process.poll() is None and len(list(cells.glob("*.json"))) < 3:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
+    assert 3 <= len(kept) < 8 and not (tmp_path / "a" / "grain.json").exists()
+    for folder in "ab":
+        done = subprocess.run([*start, tmp_path / folder], **out, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "findings.md" in done.stdout and "cell" in done.stderr  # the progress bar
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(cells.glob("*.json"))) == 8
+    results = [json.loads((tmp_path / folder / "grain.json").read_text()) for folder in "ab"]
+    for result in results:
+        del result["core_minutes"]
+    assert results[0] == results[1]
+    page = (tmp_path / "a" / "findings.md").read_text()
+    assert results[0]["finding"] in page and results[0]["command"] in page
+    assert (tmp_path / "a" / "grain.png").stat().st_size > 20_000
+
+
+def test_what_a_carried_cell_says():
+    found = carried(TINY | MORA)  # A, B, A again
+    assert len(found["seen"]) == 3 and found["seen"][-1] == pytest.approx(found["acc"])
+    assert len(found["drift"]) == 2 and found["drift"][-1] == pytest.approx(found["interference"])
+    assert 0 < found["back"] < found["back"] + found["anew"] < 1
+    assert 0 < found["own"] < 1 and found["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert json.dumps(carried(TINY | MORA)) == json.dumps(found)
+    longer = carried(TINY | MORA | {"stream": "permuted-digits", "tasks": 3})
+    shorter = carried(TINY | MORA | {"stream": "permuted-digits", "tasks": 2})
+    assert longer["seen"][:2] == shorter["seen"]  # a stream's start is the shorter stream
+
+
+def test_what_growth_and_silence_say():
+    grown = growth.measure(TINY | MORA)
+    assert grown["sizes"] == [1, 3] == growth.sizes(3)
+    assert growth.sizes(30) == [1, 5, 10, 15, 20, 25, 30]
+    assert grown["actives"] == [4 * 640, 12 * 320 + 4 * 320]  # K (D + O) of 4; R D + K O of 12
+    assert grown["active"] == grown["actives"][-1]
+    assert grown["step"] == grown["steps"][-1] > 0 and grown["peak"] == grown["peaks"][-1] > 0
+    delta = {"settings": MORA["settings"] | {"delta": 1.1}}  # nothing speaks
+    silent = silence.measure(TINY | MORA | delta | {"stream": "permuted-digits"})
+    assert [silent[name] for name in ("upright", "unseen", "noise", "tasks")] == [0, 0, 0, 0]
+    loud = silence.measure(TINY | MORA | {"stream": "permuted-digits"})
+    assert min(loud[name] for name in ("upright", "unseen", "noise", "tasks")) > 0.01
+    assert silent["base_acc"] > 0.95
+
+
+@pytest.mark.parametrize("T", [4, 20])
+def test_the_arms_of_routing_are_as_equal_as_they_say(T):
+    counts = {}
+    for arm, rest in routing.arms(T).items():
+        model = adapt(Backbone(), CLASSES[rest["scheme"]], targets=r"fc\d", **rest["settings"])
+        for _ in range(T - 1):
+            grow(model)
+        counts[arm] = count(model)
+    own = counts[routing.SELF]
+    assert counts[routing.RANKS_STORED]["stored"] == own["stored"]
+    assert counts[routing.LORAS_STORED]["stored"] == pytest.approx(own["stored"], rel=0.06)
+    assert counts[routing.RANKS_ACTIVE]["active"] == pytest.approx(own["active"], rel=0.03)
+    assert counts[routing.LORAS_ACTIVE]["active"] == pytest.approx(own["active"], rel=0.12)
+
+
+def test_the_absolute_score_by_hand():
+    layer = AbsoluteMoRA(nn.Linear(2, 2, bias=False), rank=2, top_k=1, tau=1.0, delta=0.7).double()
+    with torch.no_grad():
+        layer.A.copy_(torch.eye(2))
+    # z = (3, -4), |s| = (.6, .8): the second is kept, and is above delta whichever way x points
+    for sign in (1, -1):
+        idx, w, z = layer.eval().gate(torch.tensor([[3.0, -4.0]]).double() * sign)
+        assert (idx.item(), w.item(), z.item()) == (1, 1, -4 * sign)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_cells_of_a_study(name, quick, tmp_path):
+    cells = STUDIES[name].cells([0, 1], quick)
+    assert len({file_of(cell, tmp_path) for cell in cells}) == len(cells)
+    assert {cell["seed"] for cell in cells} == {0, 1}
+    assert len({cell["row"] for cell in cells}) == len(cells) / 2
+    for cell in cells:
+        if name == "atlas":
+            assert cell["row"] in ROSTER and set(cell["streams"]) <= set(STREAMS)
+        else:
+            CLASSES[cell["scheme"]](nn.Linear(64, 128), **cell["settings"])
+    json.dumps(cells)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_words_of_a_finding_follow_the_numbers(name):
+    cells = STUDIES[name].cells([0, 1, 2], quick=False)
+
+    def made(slope):
+        """Every measure at every cell, rising or falling with the row's place in the table."""
+        order = list(dict.fromkeys(cell["row"] for cell in cells))
+        found = []
+        for cell in cells:
+            value = 0.5 + slope * order.index(cell["row"]) + 0.0001 * cell["seed"]
+            one = dict.fromkeys((*STUDIES[name].columns, "chance", "back", "anew"), value)
+            curves = ("seen", "drift", "actives", "steps", "peaks")
+            lines = {curve: [value, value] for curve in curves}
+            found.append({"seconds": 60.0, **one, **lines, "sizes": [1.0, 2.0]})
+        return report(name, STUDIES[name], [0, 1, 2], False, cells, found)
+
+    rising, falling = made(0.01), made(-0.01)
+    assert rising.finding != falling.finding
+    for up, down in zip(rising.claims, falling.claims, strict=True):
+        assert up.claim == down.claim
+    differing = [
+        up.verdict != down.verdict for up, down in zip(rising.claims, falling.claims, strict=True)
+    ]
+    assert any(differing) or name == "atlas"  # which bears on none of the paper's claims
+    assert rising.core_minutes == len(cells)
+    page = findings([rising])
+    assert rising.command == command(name, [0, 1, 2], False) and rising.command in page
+
+
+def test_rows_keep_the_order_of_seeds():
+    rows = Rows(tiny_cells(), [{"acc": 0.1}, {"acc": 0.2}, {"acc": 0.3}])
+    assert list(rows) == ["a", "b"] and rows["a"]["acc"] == [0.1, 0.2]
+
+
+def test_an_unknown_study_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="study is 'routes', allowed: routing, knobs, growth"):
+        run_study("routes", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_atlas_cell_is_what_compare_has(tmp_path):
+    cell = {
+        "study": "atlas",
+        "row": "sema",
+        "seed": 1,
+        "epochs": 2,
+        "settings": {"rank": 8, "scale": 1.0},
+    }
+    found = atlas.measure(cell | {"streams": {"rotated-digits": 2}})
+    result = compare(tmp_path, "rotated-digits", ["sema"], [1], tasks=2, epochs=2)
+    for measure in ("acc", "forgetting"):
+        mean = result.schemes["sema"][measure].mean
+        assert found[f"{measure} rotated-digits"] == mean
+        assert math.isnan(found[f"{measure} split-digits"])
+
+
+def test_the_atlas_says_who_is_first_and_who_is_not_told_from_it():
+    names = [name for name in ROSTER if name != "mora"]
+    cells = [{"row": name, "seed": seed} for name in ["mora", *names] for seed in (0, 1, 2)]
+    base = dict.fromkeys((f"acc {n}" for n in atlas.STREAMS), math.nan)
+    accs = {"olora": [0.9, 0.91, 0.92], "ewc": [0.7, 0.9, 1.0], "mora": [0.8, 0.81, 0.82]}
+    accs["joint"] = [1.0, 1.0, 1.0]  # a bound, and so not in the race
+    found = [
+        base | {"acc split-digits": accs.get(cell["row"], [0.1, 0.11, 0.12])[cell["seed"]]}
+        for cell in cells
+    ]
+    said = atlas.finding(Rows(cells, found))
+    assert said == (
+        "First of 17 that are not told the task or shown all at once: on split-digits olora "
+        "(.910, not told from ewc; mora .810, no. 3)."
+    )

@@ -1,0 +1,97 @@
+"""Write the pages anew: python tutorials/pages.py
+
+Of the stored results (results/*.json, findings/*.json) and the roster: results/*.md,
+findings/findings.md, and in ../README.md the list of all schemes and the table of accuracies. The
+commands write such pages beside their results; this one writes those that are stored here, after a
+scheme or a result was added. The tests hold the stored pages to it.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from minimoe.bench import page as bench_page
+from minimoe.cli import roster_list
+from minimoe.roster import ROSTER
+from minimoe.studies import STUDIES
+from minimoe.tools.files import write_atomic
+from minimoe.tools.results import CompareResult, StudyResult
+from minimoe.tools.tables import compare_page, findings, short
+
+HERE = Path(__file__).parent
+RESULTS = {  # name: the command that made it, and its pictures
+    "compare": (
+        "minimoe compare",
+        {
+            "compare.png": "Accuracy on the tasks seen so far, and every accuracy matrix",
+            "gates.png": "Which task's ranks serve which task's inputs",
+        },
+    ),
+    "planted": ("minimoe compare --stream planted --seeds 0 1 2", {}),
+    "unseen-seeds": ("minimoe compare --schemes lora lora_moe mora --seeds 3 4 5 6 7", {}),
+}
+BENCH = "minimoe bench --repeats 7"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def study_results() -> list[StudyResult]:
+    folder = HERE / "findings"
+    return [StudyResult.from_json(read(folder / f"{name}.json")) for name in STUDIES]
+
+
+def pages() -> dict[Path, str]:
+    """{file: what it should hold}."""
+    made = {}
+    for name, (command, pictures) in RESULTS.items():
+        result = CompareResult.from_json(read(HERE / "results" / f"{name}.json"))
+        made[HERE / "results" / f"{name}.md"] = compare_page(result, command, pictures)
+    bench = read(HERE / "results" / "bench-cpu.json")
+    made[HERE / "results" / "bench-cpu.md"] = bench_page(bench, BENCH, "bench-cpu.png")
+    made[HERE / "findings" / "findings.md"] = findings(study_results())
+    readme = HERE.parent / "README.md"
+    made[readme] = with_tables(readme.read_text(encoding="utf-8"))
+    return made
+
+
+def with_tables(text: str) -> str:
+    """README with its list of schemes and its table of accuracies as they should be."""
+    text = re.sub(
+        r"^```text\nschemes and baselines.*?^```",
+        lambda _: f"```text\n{roster_list()}\n```",
+        text,
+        flags=re.M | re.S,
+    )
+    return re.sub(r"^\| final accuracy \|.*?\n\n", lambda _: accuracies() + "\n\n", text, flags=re.M | re.S)
+
+
+def accuracies() -> str:
+    """All but the atlas, by findings/atlas.json; a dash where the study has not run yet."""
+    atlas = StudyResult.from_json(read(HERE / "findings" / "atlas.json"))
+    streams = [name.removeprefix("acc ") for name in atlas.columns if name.startswith("acc ")]
+    lines = [f"| final accuracy | {' | '.join(streams)} |", "|---" * (len(streams) + 1) + "|"]
+    for name, entry in ROSTER.items():
+        if entry.kind != "atlas":
+            row = atlas.rows.get(name)
+            cells = ["–" if row is None else spread(row[f"acc {s}"]) for s in streams]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(value) -> str:
+    return "–" if value.mean is None else f"{short(value.mean)} ± {short(value.std)}"
+
+
+def main() -> int:
+    for path, text in pages().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_atomic(path, text.encode())
+            print(path.relative_to(HERE.parent))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
