@@ -18,12 +18,12 @@ from torch import nn
 
 from minimoe import LoRA
 from minimoe.adapt import adapt, adapters, count, grow, load, parameters, save
-from minimoe.tools.exercise import exercise
-from minimoe.continual.learn import AdapterLearner, run_stream, pretrain, score, task_seed, train
+from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, score, task_seed, train
 from minimoe.continual.metrics import acc, bwt, forgetting
-from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 from minimoe.continual.probe import interference
 from minimoe.continual.streams import make
+from minimoe.tools.exercise import exercise
+from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -255,17 +255,18 @@ with torch.no_grad():
 # %% [markdown]
 # ## Two tasks on one update
 #
-# `carry` takes a copy of the backbone through the stream: learn task 1, test on all tasks, learn
-# task 2, test again. `AdapterLearner` is the backbone with a scheme on its three layers; with
+# `run_stream` takes a copy of the backbone through the stream: learn task 1, test on all tasks,
+# learn task 2, test again. `AdapterLearner` is the backbone with a scheme on its three layers; with
 # `grows=False` both tasks train the same eight ranks. `done` is called after each task, and keeps
 # a copy of the model here.
 #
-# The result is an accuracy matrix: row i after i tasks, column j the accuracy on task j.
+# The result, a `Run`, holds an accuracy matrix: row i after i tasks, column j the accuracy on
+# task j.
 
 
 # %%
-def carry_through(grows):
-    """The result of carry, and a copy of the model after each task."""
+def run_lora(grows):
+    """The result of run_stream, and a copy of the model after each task."""
     learners, copies = [], []
 
     def learner(model, stream):
@@ -279,15 +280,15 @@ def carry_through(grows):
     return result, copies
 
 
-one, (one_after_1, one_after_2) = carry_through(grows=False)
-R = np.array(one["matrix"])
-print(f"ACC {acc(R):.2f}, BWT {bwt(R):.2f}, forgetting {forgetting(R):.2f}")
-assert R.shape == (3, 2)
-assert R[1, 0] > 0.9 and R[2, 1] > 0.9  # each task is learned in its turn
-assert R[2, 0] < R[1, 0] - 0.2  # and the first is lost
-assert np.isclose(bwt(R), R[2, 0] - R[1, 0])  # backward transfer: the change on old tasks
-assert np.isclose(forgetting(R), R[1, 0] - R[2, 0])
-assert np.isclose(acc(R), R[2].mean())
+one, (one_after_1, one_after_2) = run_lora(grows=False)
+a = np.array(one.matrix)
+print(f"ACC {acc(a):.2f}, BWT {bwt(a):.2f}, forgetting {forgetting(a):.2f}")
+assert a.shape == (3, 2)
+assert a[1, 0] > 0.9 and a[2, 1] > 0.9  # each task is learned in its turn
+assert a[2, 0] < a[1, 0] - 0.2  # and the first is lost
+assert np.isclose(bwt(a), a[2, 0] - a[1, 0])  # backward transfer: the change on old tasks
+assert np.isclose(forgetting(a), a[1, 0] - a[2, 0])
+assert np.isclose(acc(a), a[2].mean())
 
 # %% [markdown]
 # How fast does it go? From the copy after task 1, train on task 2 for fewer epochs, on the same
@@ -306,7 +307,7 @@ path = np.array(path)
 figure, (left, right) = plt.subplots(
     1, 2, figsize=(8, 3), width_ratios=[2, 3], layout="constrained"
 )
-shade = heat_map(left, R, "Accuracy in %: task 1 is lost")
+shade = heat_map(left, a, "Accuracy in %: task 1 is lost")
 left.set(xlabel="tested on task", ylabel="tasks learned")
 for j, name in enumerate(("task 1", "task 2")):
     style = {"color": COLOURS[j], "marker": MARKERS[j], "ms": 4}
@@ -325,17 +326,17 @@ assert path[-1, 1] > 0.9
 # ## Where it went
 #
 # The images of task 1 have not changed and neither has the head. What the layers say to those
-# images has. `found["drift"]`, which `carry` returns, is how far: ‖y − y′‖ / ‖y′‖, y′ being the
-# layer's output just after the task was learned, as a mean over inputs and layers. `interference`
-# is its mean over old tasks. The picture shows the last layer's outputs for three digits of task 1,
-# in the plane of the three digits' class vectors.
+# images has. `records["drift"]` of the run is how far: ‖y − y′‖ / ‖y′‖, y′ being the layer's output
+# just after the task was learned, as a mean over inputs and layers. `interference` is its mean over
+# old tasks. The picture shows the last layer's outputs for three digits of task 1, in the plane of
+# the three digits' class vectors.
 
 # %%
-drift = np.array(one["found"]["drift"])
+drift = np.array(one.records["drift"])
 print(f"drift of the layers' outputs for task 1: {drift[2, 0]:.2f} of their length")
 assert torch.equal(one_after_2.classes, backbone.classes)  # the head
 assert drift[1, 0] == 0  # just learned
-assert np.isclose(interference(one["found"]), drift[2, 0])
+assert np.isclose(interference(one.records), drift[2, 0])
 assert drift[2, 0] > 0.3
 
 digits = (1, 3, 7)
@@ -389,16 +390,16 @@ assert count(bigger)["stored"] == count(bigger)["active"] == 2 * count(one_after
 # The first task is lost all the same.
 
 # %%
-grown, (grown_after_1, grown_after_2) = carry_through(grows=True)
-G = np.array(grown["matrix"])
-print(f"accuracy on task 1: after it {G[1, 0]:.2f}, after task 2 {G[2, 0]:.2f}")
+grown, (grown_after_1, grown_after_2) = run_lora(grows=True)
+a_grown = np.array(grown.matrix)
+print(f"accuracy on task 1: after it {a_grown[1, 0]:.2f}, after task 2 {a_grown[2, 0]:.2f}")
 for (_, then), (_, now) in zip(adapters(grown_after_1), adapters(grown_after_2), strict=True):
     assert torch.equal(now.frozen_A, then.A)
     assert torch.equal(now.frozen_B, then.B)
     assert now.ranks == 2 * then.ranks == 16
-assert G[2, 1] > 0.9
-assert G[2, 0] < G[1, 0] - 0.2
-assert grown["stored"] == 2 * grown["trainable"]
+assert a_grown[2, 1] > 0.9
+assert a_grown[2, 0] < a_grown[1, 0] - 0.2
+assert grown.stored == 2 * grown.trainable
 
 # %% [markdown]
 # Nothing is overwritten, but it is talked over. Every rank speaks for every input, so the new ranks
@@ -414,11 +415,11 @@ with torch.no_grad():
     moved = now(x1) - then(x1)
     assert torch.allclose(moved, now.scale * (x1 @ now.A.T) @ now.B, atol=1e-4)
     z1, z2 = (x @ now.A.T for x in (x1, x2))
-    heard = (z1.norm(dim=-1).mean() / z2.norm(dim=-1).mean()).item()
+    strength = (z1.norm(dim=-1).mean() / z2.norm(dim=-1).mean()).item()
     span = torch.linalg.matrix_rank(F.layer_norm(first.x_train, (64,)), rtol=1e-3).item()
-print(f"the new keys answer task 1's images {heard:.2f} times as strongly as task 2's")
+print(f"the new keys answer task 1's images {strength:.2f} times as strongly as task 2's")
 print(f"task 1's images span {span} of 64 dimensions: few directions are free of them")
-assert heard > 0.3
+assert strength > 0.3
 assert span > 50
 
 # %% [markdown]
@@ -433,9 +434,9 @@ with torch.no_grad():
     quiet = [score(silenced(task.x_test), task.y_test) for task in tests]
 
 rows = {
-    "after task 1": G[1],
-    "after task 2,\none LoRA": R[2],
-    "after task 2,\ngrown": G[2],
+    "after task 1": a_grown[1],
+    "after task 2,\none LoRA": a[2],
+    "after task 2,\ngrown": a_grown[2],
     "grown, new\nranks silenced": quiet,
 }
 figure, ax = plt.subplots(figsize=(8, 3), layout="constrained")
@@ -448,7 +449,7 @@ for j in range(2):
 ax.set_xticks(range(len(rows)), rows)
 ax.set(ylabel="accuracy", ylim=(0, 1.12), title="Task 1 is not gone: the new ranks talk over it")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-assert abs(quiet[0] - G[1, 0]) < 0.01
+assert abs(quiet[0] - a_grown[1, 0]) < 0.01
 assert quiet[1] < 0.4
 
 # %% [markdown]
@@ -500,8 +501,8 @@ with exercise("1"):
         matrix, inputs = update_matrix(trial), torch.randn(50, 20)
         assert matrix.shape == trial.base.weight.shape, f"its shape is {tuple(matrix.shape)}"
         mine = F.linear(inputs, trial.base.weight + matrix, trial.base.bias)
-        told = f"with scale {scale} and {tasks} task(s), the answers are not the layer's"
-        assert torch.allclose(mine, trial(inputs), atol=1e-3), told
+        wrong = f"with scale {scale} and {tasks} task(s), the answers are not the layer's"
+        assert torch.allclose(mine, trial(inputs), atol=1e-3), wrong
 
 # %% [markdown]
 # **2. What a rank costs.** Give the largest rank at which LoRA trains at most a given share of a

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE
-from minimoe.adapt import adapt, adapters, count, grow, load_state, state, context
+from minimoe.adapt import adapt, adapters, context, count, grow, load_state, state
 from minimoe.continual.baselines import ToldLoRA
-from minimoe.tools.exercise import exercise
-from minimoe.laws import degenerates_to_lora, hold, simplex, support
-from minimoe.continual.learn import AdapterLearner, run_stream, pretrain, score
-from minimoe.lora_moe import switch_balance
+from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, score
 from minimoe.continual.metrics import acc, forgetting
-from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 from minimoe.continual.probe import ambiguity, dense_gate, instability, interference, intrusion
 from minimoe.continual.streams import make
+from minimoe.laws import degenerates_to_lora, hold, simplex, support
+from minimoe.lora_moe import switch_balance
+from minimoe.tools.exercise import exercise
+from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

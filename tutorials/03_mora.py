@@ -19,11 +19,11 @@ from torch import nn
 from minimoe import LoRA, MoRA, laws, streams
 from minimoe.adapt import adapt, grow, parameters
 from minimoe.continual.baselines import ClassMean, Joint
-from minimoe.tools.exercise import exercise
-from minimoe.continual.learn import AdapterLearner, run_stream, pretrain, score, train
+from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, score, train
 from minimoe.continual.metrics import acc, bwt
-from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 from minimoe.continual.probe import Recorder, dense_gate
+from minimoe.tools.exercise import exercise
+from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)

@@ -20,10 +20,10 @@ from torch import nn
 
 from minimoe import SCHEMES, MoRA, compare, metrics, planted, probe, streams
 from minimoe.continual.baselines import Oracle
-from minimoe.tools.exercise import exercise
 from minimoe.continual.learn import pretrain, score, train
-from minimoe.tools.plots import COLOURS, MARKERS, curves, heat_map
 from minimoe.studies.study import Comparison
+from minimoe.tools.exercise import exercise
+from minimoe.tools.plots import COLOURS, MARKERS, curves, heat_map
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)  # the matrices are too small to share

@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import minimoe
 from minimoe import MoRA
 from minimoe.bench import Clock, DenseMasked
+from minimoe.sparse import CROSSOVER, rank_scores, rank_sparse, sddmm, spmm, spmm_t, top_scores
 from minimoe.tools.exercise import exercise
 from minimoe.tools.plots import COLOURS, MARKERS
-from minimoe.sparse import CROSSOVER, rank_scores, rank_sparse, sddmm, spmm, spmm_t, top_scores
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)

@@ -31,13 +31,13 @@ from minimoe import (
     laws,
     streams,
 )
-from minimoe.adapt import adapt, adapters, after_step, aux_loss, grow, context
-from minimoe.tools.exercise import exercise
-from minimoe.continual.learn import AdapterLearner, run_stream, pretrain
+from minimoe.adapt import adapt, adapters, after_step, aux_loss, context, grow
+from minimoe.continual.learn import AdapterLearner, pretrain, run_stream
 from minimoe.continual.learners import MoCLELearner
 from minimoe.continual.metrics import acc, bwt
-from minimoe.tools.plots import COLOURS, curves
 from minimoe.continual.probe import PROBLEMS, dense_gate
+from minimoe.tools.exercise import exercise
+from minimoe.tools.plots import COLOURS, curves
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)

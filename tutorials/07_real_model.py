@@ -35,8 +35,8 @@ from minimoe.adapt import (
     parameters,
     save,
 )
-from minimoe.tools.exercise import exercise
 from minimoe.continual.metrics import acc, forgetting, summary
+from minimoe.tools.exercise import exercise
 from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 
 try:

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE, MoRA
-from minimoe.adapt import adapt, adapters, after_step, aux_loss, count, grow, parameters, context
+from minimoe.adapt import adapt, adapters, after_step, aux_loss, context, count, grow, parameters
 from minimoe.continual.baselines import ToldLoRA
+from minimoe.continual.probe import Recorder, dense_gate
 from minimoe.tools.exercise import exercise
 from minimoe.tools.plots import COLOURS, MARKERS
-from minimoe.continual.probe import Recorder, dense_gate
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
