@@ -40,7 +40,14 @@ class LoRAMoE(Adapter):
     Raises ValueError if top_k < 1, balance < 0, or experts does not divide rank.
     """
 
-    claims = Claims(True, "token", "block", top_k=True, simplex=True, as_lora={"router": 0.0})
+    claims = Claims(
+        zero_at_birth=True,
+        granularity="token",
+        expert="block",
+        top_k=True,
+        simplex=True,
+        as_lora={"router": 0.0},
+    )
 
     def __init__(
         self,
@@ -82,5 +89,4 @@ def switch_balance(l: Tensor, expert: Tensor) -> Tensor:
     P = l.softmax(-1).reshape(-1, E).sum(0)
     f = torch.zeros_like(P).scatter_add(0, expert.flatten(), P.new_ones(expert.numel()))
     f, P, kept = sum_over_processes(torch.cat([f, P, f.sum(0, keepdim=True)])).split([E, E, 1])
-    kept = kept.clamp_min(1)
-    return E * (f / kept * (k * P / kept)).sum()
+    return E * (f / kept.clamp_min(1) * (k * P / kept.clamp_min(1))).sum()

@@ -46,7 +46,14 @@ class MoRA(Adapter):
     Raises ValueError if top_k < 1, if tau is not above 0, or if delta is no number.
     """
 
-    claims = Claims(True, "token", "rank", top_k=True, simplex=True, as_lora={"tau": 1e12})
+    claims = Claims(
+        zero_at_birth=True,
+        granularity="token",
+        expert="rank",
+        top_k=True,
+        simplex=True,
+        as_lora={"tau": 1e12},
+    )
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from minimoe.cli import main
 from minimoe.continual.streams import STREAMS
 from minimoe.laws import LAWS, says
 from minimoe.roster import ROSTER
@@ -97,6 +98,7 @@ def test_resume_adds_seeds_to_a_finished_run(small, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
     args = ["compare", "--schemes", "lora_moe", "mora", "--tasks", 3, "--epochs", 12]
     assert minimoe(*args, "--out", "whole", cwd=tmp_path).returncode == 0
@@ -123,58 +125,130 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
     assert (killed / "compare.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["compare", "--schemes", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora"),
-        (["compare", "--stream", "digits"], "stream is 'digits', allowed: permuted-digits"),
-        (["compare", "--device", "gpu"], "device is 'gpu', allowed here: cpu"),
-        (["compare", "--device", "cuda:99"], "device is 'cuda:99', allowed here: cpu"),
-        (["compare", "--top-k", "0"], "top_k is 0, allowed: 1 or more"),
-        (["compare", "--top-k", "-2"], "top_k is -2, allowed: 1 or more"),
-        (["compare", "--rank", "65"], "rank is 65, allowed for this layer: 1 to 64"),
-        (["compare", "--tau", "0"], "tau is 0.0, allowed: above 0"),
-        (["compare", "--tau", "-1"], "tau is -1.0, allowed: above 0"),
-        (["compare", "--tau", "warm"], "argument --tau: invalid float value: 'warm'"),
-        (["compare", "--tasks", "0"], "tasks is 0, allowed for permuted-digits"),
-        (
-            ["compare", "--stream", "split-digits", "--tasks", "6"],
-            "tasks is 6, allowed for split-digits",
-        ),
-        (["compare", "--epochs", "0"], "epochs is 0, allowed: 1 or more"),
-        (["compare", "--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
-        (["compare", "--out", "file/run"], "Not a directory"),
-        (["compare", "--wat"], "unrecognized arguments: --wat"),
-        (["bench", "--device", "gpu"], "device is 'gpu', allowed here: cpu"),
-        (["bench", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["bench", "--ranks", "15"], "ranks is 15, allowed: 16 or more"),
-        (["bench", "--tokens", "0"], "tokens is 0, allowed: 1 or more"),
-        (["bench", "--routing", "hot"], "routing is 'hot', allowed: random, pool, recorded"),
-        (["bench", "--routing", "pool", "--ranks", "64"], "none of the routings pool is made for"),
-        (["bench", "--repeats", "0"], "repeats is 0, allowed: 1 or more"),
-        (["bench", "--threads", "0"], "threads is 0, allowed: 1 or more"),
-        (["bench", "--out", "file/run"], "Not a directory"),
-        (["study", "routes"], "study is 'routes', allowed: routing, knobs, growth, silence, grain"),
-        (["study", "grain", "--jobs", "0"], "jobs is 0, allowed: 1 or more"),
-        (["study", "grain", "--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
-        (["study", "grain", "--out", "file/run"], "Not a directory"),
-        (["check"], "the following arguments are required: NAME"),
-        (["check", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora, smora"),
-        (["check", "mora", "gone.py:Mine"], "gone.py: no such file"),
-        (["check", "file:Mine"], "file fails: NameError: name 'mine' is not defined"),
-        (["new-scheme", "my-gate"], "name is 'my-gate', allowed: a module's name, as in my_gate"),
-        (["new-scheme", "../gate"], "name is '../gate', allowed: a module's name"),
-        (["new-scheme", "lambda"], "name is 'lambda', allowed: a module's name"),
-    ],
-)
-def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(args, message, tmp_path):
+BAD = [
+    (["compare", "--schemes", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora"),
+    (["compare", "--stream", "digits"], "stream is 'digits', allowed: permuted-digits"),
+    (["compare", "--device", "gpu"], "device is 'gpu', allowed here: cpu"),
+    (["compare", "--device", "cuda:99"], "device is 'cuda:99', allowed here: cpu"),
+    (["compare", "--top-k", "0"], "top_k is 0, allowed: 1 or more"),
+    (["compare", "--top-k", "-2"], "top_k is -2, allowed: 1 or more"),
+    (["compare", "--rank", "65"], "rank is 65, allowed for this layer: 1 to 64"),
+    (["compare", "--tau", "0"], "tau is 0.0, allowed: above 0"),
+    (["compare", "--tau", "-1"], "tau is -1.0, allowed: above 0"),
+    (["compare", "--tau", "warm"], "argument --tau: invalid float value: 'warm'"),
+    (["compare", "--tasks", "0"], "tasks is 0, allowed for permuted-digits"),
+    (
+        ["compare", "--stream", "split-digits", "--tasks", "6"],
+        "tasks is 6, allowed for split-digits",
+    ),
+    (["compare", "--epochs", "0"], "epochs is 0, allowed: 1 or more"),
+    (["compare", "--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
+    (["compare", "--out", "file/run"], "Not a directory"),
+    (["compare", "--wat"], "unrecognized arguments: --wat"),
+    (["bench", "--device", "gpu"], "device is 'gpu', allowed here: cpu"),
+    (["bench", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["bench", "--ranks", "15"], "ranks is 15, allowed: 16 or more"),
+    (["bench", "--tokens", "0"], "tokens is 0, allowed: 1 or more"),
+    (["bench", "--routing", "hot"], "routing is 'hot', allowed: random, pool, recorded"),
+    (["bench", "--routing", "pool", "--ranks", "64"], "none of the routings pool is made for"),
+    (["bench", "--repeats", "0"], "repeats is 0, allowed: 1 or more"),
+    (["bench", "--threads", "0"], "threads is 0, allowed: 1 or more"),
+    (["bench", "--out", "file/run"], "Not a directory"),
+    (["study", "routes"], "study is 'routes', allowed: routing, knobs, growth, silence, grain"),
+    (["study", "grain", "--jobs", "0"], "jobs is 0, allowed: 1 or more"),
+    (["study", "grain", "--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
+    (["study", "grain", "--out", "file/run"], "Not a directory"),
+    (["check"], "the following arguments are required: NAME"),
+    (["compare", "--schemes", "gone.py:Mine"], "gone.py: no such file"),
+    (["compare", "--schemes", "mora", "file:Mine"], "file fails: NameError: name 'mine'"),
+    (["check", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora, smora"),
+    (["check", "mora", "gone.py:Mine"], "gone.py: no such file"),
+    (["check", "file:Mine"], "file fails: NameError: name 'mine' is not defined"),
+    (["new-scheme", "my-gate"], "name is 'my-gate', allowed: a module's name, as in my_gate"),
+    (["new-scheme", "../gate"], "name is '../gate', allowed: a module's name"),
+    (["new-scheme", "lambda"], "name is 'lambda', allowed: a module's name"),
+]
+
+
+def one_line(lines, message):
+    assert len(lines) == 1 and lines[0].startswith("minimoe") and message in lines[0], lines
+
+
+@pytest.mark.parametrize(("args", "message"), BAD)
+def test_bad_input_gets_one_line_and_status_2(args, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(args)
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    assert status == 2
+    one_line(capsys.readouterr().err.splitlines(), message)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("args", "message"), BAD)
+def test_bad_input_in_a_process_of_its_own_leaves_nothing(args, message, tmp_path):
     (tmp_path / "file").write_text("mine")
     done = minimoe(*args, cwd=tmp_path)
     assert done.returncode == 2
-    line = done.stderr.splitlines()
-    assert len(line) == 1 and line[0].startswith("minimoe") and message in line[0], done.stderr
+    one_line(done.stderr.splitlines(), message)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+OWN = """
+from minimoe import Gate, MoRA
+from minimoe.continual.learn import AdapterLearner
+
+class Mine(MoRA):
+    pass
+
+class Learner(AdapterLearner):
+    def learn(self, stream, t, fit):
+        pass
+
+class Idle(MoRA):
+    learner = Learner
+    toy_settings = {"rank": 4, "top_k": 2}
+
+class Needy(MoRA):
+    def needs(self):
+        return {"label": range(3)}
+
+    def gate(self, x):
+        self.given("label", x)
+        return super().gate(x)
+
+class mora(MoRA):
+    pass
+"""
+
+
+def test_compare_takes_a_scheme_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    args = ["compare", *SMALL, "--out", "run", "--schemes", "mora", "own.py:Mine", "own.py:Idle"]
+    assert main(args) == 0
+    shown = capsys.readouterr().out
+    schemes = json.loads(Path("run/compare.json").read_text())["schemes"]
+    assert list(schemes) == ["mora", "Mine", "Idle"] and "\nMine " in shown
+    assert schemes["Mine"]["matrix"] == schemes["mora"]["matrix"]  # MoRA's toy settings and life
+    idle = schemes["Idle"]["matrix"][0]  # its own learner: it never learns, and has two experts
+    assert all(row == idle[0] for row in idle)
+    assert schemes["Idle"]["trainable"] == schemes["Mine"]["trainable"]  # --rank is for all
+    assert "own.py:Mine" in Path("run/compare.md").read_text()
+    Path("own.py").write_text(OWN + "# changed\n")
+    assert main([*args, "--resume"]) == 2
+    assert "a checkpoint of another run (source" in capsys.readouterr().err
+    for name, message in (
+        ("Needy", "Needy fails: RuntimeError: Needy needs the label: with context(model, label="),
+        ("mora", "scheme 'own.py:mora': there is another of the name mora"),
+        ("Gone", "own.py: Gone is not there; schemes there: "),
+    ):
+        assert main(["compare", *SMALL, "--schemes", f"own.py:{name}"]) == 2
+        one_line(capsys.readouterr().err.splitlines(), message)
 
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(small):
@@ -206,6 +280,7 @@ def test_a_diverging_run_is_named_and_fails_with_status_1(tmp_path):
     assert "mora, seed 0, task 1 (permutation 1), step 1: the loss is nan" in last
 
 
+@pytest.mark.slow
 def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
     small = ["--ranks", 16, 128, "--tokens", 40, "--width", 32, "--top-k", 4, "--repeats", 2]
     done = minimoe("bench", *small, "--threads", 1, cwd=tmp_path)
@@ -249,6 +324,7 @@ def test_check_prints_all_laws_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_check_names_what_a_wrong_scheme_breaks(tmp_path):
     wrong = f"{Path(__file__).parent / 'broken' / 'softmax_before_top_k.py'}:Scheme"
     done = minimoe("check", "lora", wrong, "--json", cwd=tmp_path)
@@ -325,6 +401,7 @@ def test_list_names_all_that_compare_takes(small):
         assert f"\n  {name} " in listed
 
 
+@pytest.mark.slow
 def test_all_are_in_one_table_with_their_parameters_and_time(tmp_path):
     args = ["--schemes", "all", "--tasks", 2, "--epochs", 1, "--out", "all"]
     done = minimoe("compare", *args, cwd=tmp_path)

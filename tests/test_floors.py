@@ -1,6 +1,8 @@
 """The house: imports go down, never up or round, and no private name crosses a file."""
 
 import ast
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,11 @@ def test_the_four_files_are_one_sitting():
     lines = {p.stem: len(p.read_text().splitlines()) for p in PACKAGE.glob("*.py")}
     most = {"lora": 90, "lora_moe": 95, "mora": 95, "adapter": 230}
     assert {name: lines[name] for name in most if lines[name] > most[name]} == {}
+
+
+@pytest.mark.skipif(shutil.which("diff") is None, reason="no diff here")
+def test_the_lesson_is_a_short_diff():
+    command = ["diff", PACKAGE / "lora_moe.py", PACKAGE / "mora.py"]
+    changed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    for side in "<>":
+        assert 0 < sum(line.startswith(side) for line in changed) <= 50

@@ -67,6 +67,7 @@ def test_dots_wider_than_a_block(K):
     assert torch.allclose(kernels.dots(idx, g, source), (g @ source.T).gather(1, idx), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "fits"), [(0, True), (4096, False)])
 def test_compiled_for_an_h100_nothing_spills(columns, fits, tmp_path):
     """Ahead of time, with no GPU; blocks of 4096 columns show that a spill would be seen."""

@@ -9,6 +9,7 @@
 
 # %%
 import copy
+import inspect
 import math
 
 import matplotlib.pyplot as plt
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from minimoe import LoRA, MoRA, laws, streams
+from minimoe import LoRA, MoRA, laws
 from minimoe.adapt import adapt, grow, parameters
+from minimoe.continual import streams
 from minimoe.continual.baselines import ClassMean, Joint
 from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, score, train
 from minimoe.continual.metrics import acc, bwt
@@ -139,6 +141,16 @@ for mode, weights, answer in ((True, w, [4.0, 6.0]), (False, g, [2.0, 6.0])):
     assert torch.allclose(z_kept, z[idx])
     assert torch.allclose(dense_gate(layer, x), weights)  # the same, with zeros for the others
 
+# %% [markdown]
+# **The same in the package**, each line beside its equation. `project` gives $z = x A^T$ over all
+# rows, `kept` is $k$, or R if there are fewer ranks. The other branch is the same in one pass,
+# which pays in large layers (notebook 05).
+
+# %%
+lines = inspect.getsource(MoRA.gate)
+print(lines)
+assert all(f"# eq. {number}" in lines for number in (5, 6, 7, 8))
+
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
 for i, key in enumerate(A.cpu().numpy()):
@@ -219,10 +231,10 @@ longer = by_hand(top_k=1)
 with torch.no_grad():
     longer.frozen_A[0] *= 10
 probe = torch.tensor([1.0, 1.5], **wide)  # z = (1, 1.5, 0): rank 1 sees most
-print("winner", layer.gate(probe)[0][0].item(), "and with A[0] ten times as long:", end=" ")
-print(longer.gate(probe)[0][0].item())
-assert layer.gate(probe)[0][0] == 1
-assert longer.gate(probe)[0][0] == 0
+print("winner", layer.gate(probe).idx[0].item(), "and with A[0] ten times as long:", end=" ")
+print(longer.gate(probe).idx[0].item())
+assert layer.gate(probe).idx[0] == 1
+assert longer.gate(probe).idx[0] == 0
 
 # %% [markdown]
 # ## delta: when to say nothing
@@ -312,8 +324,8 @@ else:
 # %%
 layer.train()
 assert torch.allclose(dense_gate(layer, 1000 * x), w)
-print("x", layer.gate(x)[0].tolist(), " -x", layer.gate(-x)[0].tolist())
-assert layer.gate(-x)[0].tolist() == [1, 0]  # z = (-2, 3, -6): by sign, ranks 1 and 0
+print("x", layer.gate(x).idx.tolist(), " -x", layer.gate(-x).idx.tolist())
+assert layer.gate(-x).idx.tolist() == [1, 0]  # z = (-2, 3, -6): by sign, ranks 1 and 0
 
 # %% [markdown]
 # **LoRA is inside.** With all ranks kept and $\tau \to \infty$ every weight is $1/R$, and the layer
@@ -349,7 +361,7 @@ for detach in (False, True):
     big = MoRA(nn.Linear(64, 64, **wide), rank=16, top_k=4, tau=0.1, detach_gate=detach)
     nn.init.normal_(big.B)
     chosen = torch.zeros(16, dtype=torch.bool, device=device)
-    chosen[big.gate(token)[0]] = True
+    chosen[big.gate(token).idx] = True
     big(token).square().sum().backward()
     gradients[detach] = (big.A.grad.norm(dim=-1), big.B.grad.norm(dim=-1))
     assert (big.B.grad[~chosen] == 0).all()
@@ -451,10 +463,10 @@ after = accuracy(first)
 assert torch.equal(model.fc1.frozen_A, learned_keys)  # bit for bit, also after training
 assert torch.equal(model.fc1.frozen_B, learned_values)
 
-drift = recorder.found["drift"][1:, 0].tolist()
-turnover = recorder.found["turnover"][1:, 0].tolist()
-fresh = recorder.found["mass"][3, 0, 1].item()  # of the ranks grown between looks 1 and 2
-newcomers = recorder.found["mass"][2, 0, 1].item()
+drift = recorder.records["drift"][1:, 0].tolist()
+turnover = recorder.records["turnover"][1:, 0].tolist()
+fresh = recorder.records["mass"][3, 0, 1].item()  # of the ranks grown between looks 1 and 2
+newcomers = recorder.records["mass"][2, 0, 1].item()
 names = ("learning it", "growth alone", "the next task")
 for name, d, t, a in zip(names, drift, turnover, (before, grown, after), strict=True):
     print(f"after {name:14} drift {d:.3f}  ranks exchanged {t:.3f}  accuracy on task 1 {a:.3f}")
@@ -475,8 +487,8 @@ assert after > before - 0.15
 # ## A, B, C, and A again
 #
 # The stream `repeat` shows three tasks, then the first again. Nobody says so. At the end, who
-# serves the last task's inputs? `found["mass"][i, j, t]` is the share of gate weight that inputs of
-# task j give to the ranks of task t once i tasks are learned.
+# serves the last task's inputs? `records["mass"][i, j, t]` of a run is the share of gate weight
+# that inputs of task j give to the ranks of task t once i tasks are learned.
 
 # %%
 repeat = streams.make("repeat", tasks=4, seed=SEED)
@@ -489,9 +501,9 @@ def mora(model, stream):
 
 
 again = run_stream(mora, backbone, repeat, SEED, EPOCHS, device)
-mass = np.array(again["found"]["mass"])  # (T + 1, T, T)
+mass = np.array(again.records["mass"])  # (J + 1, J, J)
 print("inputs of A, by the task that learned the ranks:", mass[-1, -1].round(3))
-print("accuracy on A:", [round(row[0], 3) for row in again["matrix"]])
+print("accuracy on A:", [round(row[0], 3) for row in again.matrix])
 assert np.allclose(mass[-1].sum(-1), 1)
 assert mass[-1, -1, 0] > 0.6
 assert mass[-1, -1].argmax() == 0
@@ -517,7 +529,7 @@ plt.show()
 
 # %% [markdown]
 # The ranks that learned A take most of the weight when it comes back, though fresh ranks were grown
-# for it. They were not told; their keys answer. (This is claim 2 of the
+# for it. Nobody named the task; their keys answer. (This is claim 2 of the
 # [findings](findings/findings.md), which holds there over five seeds.)
 #
 # ## Five tasks, beside LoRA
@@ -534,21 +546,21 @@ def lora(model, stream):
 
 
 def joint(model, stream):
-    return Joint(model, rank=40)  # all tasks at once: what could be reached
+    return Joint(model, stream, rank=8)  # 8 ranks a task, all tasks at once
 
 
 makers = {"lora": lora, "mora": mora, "class_mean": ClassMean, "joint": joint}
 
 
-def carry_through(names, stream):
+def matrices_of(names, stream):
     """The accuracy matrix of each learner."""
     return {
-        name: np.array(run_stream(makers[name], backbone, stream, SEED, EPOCHS, device)["matrix"])
+        name: np.array(run_stream(makers[name], backbone, stream, SEED, EPOCHS, device).matrix)
         for name in names
     }
 
 
-permuted = carry_through(makers, stream)
+permuted = matrices_of(makers, stream)
 figure, grid = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
 for axes, name in zip(grid, ("lora", "mora"), strict=True):
     matrix = permuted[name]
@@ -575,8 +587,8 @@ assert np.diag(permuted["lora"][1:]).mean() > 0.85  # LoRA learns each task, and
 #   which learned nothing by gradient.
 
 # %%
-rotated = carry_through(makers, streams.make("rotated-digits", tasks=5, seed=SEED))
-split = carry_through(makers, streams.make("split-digits", tasks=5, seed=SEED))
+rotated = matrices_of(makers, streams.make("rotated-digits", tasks=5, seed=SEED))
+split = matrices_of(makers, streams.make("split-digits", tasks=5, seed=SEED))
 results = {"permuted-digits": permuted, "rotated-digits": rotated, "split-digits": split}
 print(f"{'ACC':16}", *(f"{name:>10}" for name in makers), f"{'BWT of mora':>13}")
 for name, matrices in results.items():
@@ -603,8 +615,14 @@ plt.show()
 # constant in the backward pass the same layer forgets less there.
 
 # %%
-makers["mora, detached"] = lambda model, stream: AdapterLearner(model, MoRA, detach_gate=True, **settings)
-detached = carry_through(["mora, detached"], streams.make("rotated-digits", tasks=5, seed=SEED))
+
+
+def detached_mora(model, stream):
+    return AdapterLearner(model, MoRA, detach_gate=True, **settings)
+
+
+makers["mora, detached"] = detached_mora
+detached = matrices_of(["mora, detached"], streams.make("rotated-digits", tasks=5, seed=SEED))
 detached = detached["mora, detached"]
 print(f"rotated-digits, BWT: exact {bwt(rotated['mora']):.3f}, detached {bwt(detached):.3f}")
 assert bwt(detached) > bwt(rotated["mora"])
@@ -714,11 +732,11 @@ with exercise("3"):
     for seed in (0, 1, 2):
         layer, old, new = drawn_inputs(seed)
         key = new_key(old, new)
-        winner = layer.gate(old)[0]
+        winner = layer.gate(old).idx
         layer.grow()
         with torch.no_grad():
             layer.A.zero_()
             layer.A[0] = key
-        assert torch.equal(layer.gate(old)[0], winner), "an old input has another winner"
-        wins = (layer.gate(new)[0] == 4).double().mean().item()
+        assert torch.equal(layer.gate(old).idx, winner), "an old input has another winner"
+        wins = (layer.gate(new).idx == 4).double().mean().item()
         assert wins == 1, f"the new key wins {wins:.0%} of the new inputs"

@@ -18,12 +18,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from minimoe import SCHEMES, MoRA, compare, metrics, planted, probe, streams
+from minimoe import MoRA
+from minimoe.compare import compare
+from minimoe.continual import metrics, planted, probe, streams
 from minimoe.continual.baselines import Oracle
 from minimoe.continual.learn import pretrain, score, train
+from minimoe.roster import ROSTER, SCHEMES
 from minimoe.studies.study import Comparison
 from minimoe.tools.exercise import exercise
 from minimoe.tools.plots import COLOURS, MARKERS, curves, heat_map
+from minimoe.tools.results import CompareResult, StudyResult
+from minimoe.tools.tables import table
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)  # the matrices are too small to share
@@ -34,15 +39,15 @@ plt.rcParams["figure.constrained_layout.use"] = True
 # %% [markdown]
 # ## What there is
 #
-# A *learner* is what is carried through a stream: a scheme and how it lives. `LEARNERS` names them
+# A *learner* is what is carried through a stream: a scheme and how it lives. `ROSTER` names them
 # all (`minimoe list` prints the same). There are four kinds. `atlas` schemes are further papers';
 # the last two are there to hold a number against: a **baseline** is what a scheme should beat, a
 # **bound** is given what no scheme is given, all tasks at once or the task's name at test.
 
 # %%
-kinds = {name: what.partition(":")[0] for name, (what, _) in compare.LEARNERS.items()}
-for name, (what, _) in compare.LEARNERS.items():
-    print(f"{name:12}{what}")
+kinds = {name: entry.kind for name, entry in ROSTER.items()}
+for name, entry in ROSTER.items():
+    print(f"{name:16}{entry.kind}: {entry.summary}")
 print()
 for name in streams.STREAMS:
     print(f"{name:16}{streams.shows(name)}")
@@ -59,30 +64,30 @@ assert kinds["class_mean"] == "baseline" and kinds["joint"] == kinds["oracle"] =
 for name, scheme in SCHEMES.items():
     layer = scheme(nn.Linear(64, 64), rank=8)
     own = [tensor for key, tensor in layer.state_dict().items() if not key.startswith("base.")]
-    print(f"{name:10}{scheme.__name__:15}{sum(map(torch.numel, own)):6,} numbers")
+    print(f"{name:16}{scheme.__name__:15}{sum(map(torch.numel, own)):6,} numbers")
 
 assert list(SCHEMES) == [name for name, kind in kinds.items() if kind in ("scheme", "atlas")]
 
 # %% [markdown]
 # ## The accuracy matrix
 #
-# After each task the learner is tested on **all** tasks. `R[i, j]` is its accuracy on task `j`
-# after `i` tasks were learned: row 0 is the model before any task, row `T` the end. Task `j`
+# After each task the learner is tested on **all** tasks. `a[i, j]` is its accuracy on task `j`
+# after `i` tasks were learned: row 0 is the model before any task, row `J` the end. Task `j`
 # (counted from 0) is learned between rows `j` and `j + 1`, so the staircase
-# `R[1, 0], R[2, 1], ...` says how well each task was *learned*; what stands below it, how well it
+# `a[1, 0], a[2, 1], ...` says how well each task was *learned*; what stands below it, how well it
 # was *kept*; what stands above, what was there *before*.
 #
 # | measure | formula | here |
 # |---|---|---|
-# | ACC | mean over j of R[T, j] | (.6 + .6 + .9) / 3 |
-# | BWT | mean over j < T-1 of R[T, j] - R[j+1, j] | ((.6 - .8) + (.6 - .7)) / 2 |
-# | forgetting | mean over j < T-1 of max R[1..T-1, j] - R[T, j] | ((.9 - .6) + (.7 - .6)) / 2 |
-# | FWT | mean over j ≥ 1 of R[j, j] - R[0, j] | ((.2 - .1) + (.3 - .1)) / 2 |
-# | Transfer | mean over j ≥ 1 of the mean of R[1..j, j] | (.2 + (.1 + .3)/2) / 2 |
+# | ACC | mean over j of a[J, j] | (.6 + .6 + .9) / 3 |
+# | BWT | mean over j < J-1 of a[J, j] - a[j+1, j] | ((.6 - .8) + (.6 - .7)) / 2 |
+# | forgetting | mean over j < J-1 of max a[1..J-1, j] - a[J, j] | ((.9 - .6) + (.7 - .6)) / 2 |
+# | FWT | mean over j ≥ 1 of a[j, j] - a[0, j] | ((.2 - .1) + (.3 - .1)) / 2 |
+# | Transfer | mean over j ≥ 1 of the mean of a[1..j, j] | (.2 + (.1 + .3)/2) / 2 |
 # | Average | mean of all rows but the first | 5.1 / 9 |
 
 # %%
-R = np.array(
+a = np.array(
     [
         [0.1, 0.1, 0.1],  # before any task
         [0.8, 0.2, 0.1],  # after the first
@@ -99,11 +104,11 @@ by_hand = {
     "average": 5.1 / 9,
     "last": 0.70,  # the name that vision-language papers give to ACC
 }
-assert abs(metrics.acc(R) - 0.70) < 1e-12 and abs(metrics.bwt(R) + 0.15) < 1e-12
-assert abs(metrics.forgetting(R) - 0.20) < 1e-12 and abs(metrics.fwt(R) - 0.15) < 1e-12
-assert abs(metrics.transfer(R) - 0.20) < 1e-12 and abs(metrics.average(R) - 5.1 / 9) < 1e-12
-assert metrics.summary(R).keys() == by_hand.keys()
-for name, value in metrics.summary(R).items():
+assert abs(metrics.acc(a) - 0.70) < 1e-12 and abs(metrics.bwt(a) + 0.15) < 1e-12
+assert abs(metrics.forgetting(a) - 0.20) < 1e-12 and abs(metrics.fwt(a) - 0.15) < 1e-12
+assert abs(metrics.transfer(a) - 0.20) < 1e-12 and abs(metrics.average(a) - 5.1 / 9) < 1e-12
+assert metrics.summary(a).keys() == by_hand.keys()
+for name, value in metrics.summary(a).items():
     assert abs(value - by_hand[name]) < 1e-12, name
     print(f"{name:12}{value:6.3f}")
 
@@ -116,13 +121,13 @@ for name, value in metrics.summary(R).items():
 # Three patterns to know by sight. And one trap: a learner that never learns has nothing to forget.
 
 # %%
-T = 5
-below = np.tri(T + 1, T, -1, dtype=bool)  # entries of tasks that are learned
-stairs = np.eye(T + 1, T, -1, dtype=bool)  # entries of the task just learned
+J = 5
+below = np.tri(J + 1, J, -1, dtype=bool)  # entries of tasks that are learned
+stairs = np.eye(J + 1, J, -1, dtype=bool)  # entries of the task just learned
 patterns = {
     "keeps": np.where(below, 0.9, 0.1),
     "forgets": np.where(stairs, 0.9, 0.1),
-    "never learns": np.full((T + 1, T), 0.1),
+    "never learns": np.full((J + 1, J), 0.1),
 }
 assert metrics.bwt(patterns["keeps"]) == metrics.bwt(patterns["never learns"]) == 0
 assert metrics.acc(patterns["keeps"]) > 0.8 and metrics.acc(patterns["never learns"]) < 0.2
@@ -130,7 +135,7 @@ assert abs(metrics.acc(patterns["forgets"]) - (0.9 + 4 * 0.1) / 5) < 1e-12
 assert abs(metrics.bwt(patterns["forgets"]) + 0.8) < 1e-12
 
 figure, grid = plt.subplots(1, 4, figsize=(8.4, 2.6))
-for axes, (name, matrix) in zip(grid, ({"by hand": R} | patterns).items(), strict=True):
+for axes, (name, matrix) in zip(grid, ({"by hand": a} | patterns).items(), strict=True):
     acc, bwt = metrics.acc(matrix), metrics.bwt(matrix)
     heat_map(axes, matrix, f"{name}\nACC {acc:.2f}, BWT {bwt:.2f}")
     axes.set_xlabel("accuracy (%) on task")
@@ -147,14 +152,13 @@ plt.show()
 # rank close ones.
 
 # %%
-settings = compare.TOY | {"epochs": 8}
 with tempfile.TemporaryDirectory() as folder:  # for the checkpoints
-    result = compare.compare(Path(folder), tasks=3, device=device, settings=settings)
-print(compare.table(result))
+    result = compare(Path(folder), tasks=3, device=device, epochs=8)
+print(table(result))
 
 # %%
-acc = {name: row["acc"]["mean"] for name, row in result["schemes"].items()}
-bwt = {name: row["bwt"]["mean"] for name, row in result["schemes"].items()}
+acc = {name: row.acc.mean for name, row in result.schemes.items()}
+bwt = {name: row.bwt.mean for name, row in result.schemes.items()}
 
 assert acc["lora"] < acc["lora_moe"] < acc["mora"]
 assert bwt["lora"] < bwt["lora_moe"] < bwt["mora"]
@@ -162,20 +166,20 @@ assert bwt["lora"] < -0.3 and abs(bwt["mora"]) < 0.1  # one forgets, one does no
 assert bwt["zero_shot"] == 0 and acc["zero_shot"] < 0.3  # never learns
 assert abs(bwt["oracle"]) < 0.01 and min(acc["joint"], acc["oracle"]) > 0.85
 # no weight of class_mean is trained, and still it forgets: old and new images share one mean
-assert result["schemes"]["class_mean"]["trainable"] == 0 and bwt["class_mean"] < 0
+assert result.schemes["class_mean"].trainable == 0 and bwt["class_mean"] < 0
 # trained per task alike, kept at the end not: growing is paid in parameters
-sizes = {name: (row["trainable"], row["stored"]) for name, row in result["schemes"].items()}
+sizes = {name: (row.trainable, row.stored) for name, row in result.schemes.items()}
 assert sizes["lora"][0] == sizes["mora"][0] == sizes["lora_grown"][0]
 assert sizes["mora"][1] == sizes["lora_grown"][1] == 3 * sizes["lora"][1]
 
 # %%
-matrices = {
-    name: np.array(row["matrix"], dtype=float) for name, row in result["schemes"].items()
-}  # (seeds, T + 1, T), None is nan
+matrices = {  # (seeds, J + 1, J), nan where nothing was learned yet
+    name: np.array(row.matrix) for name, row in result.schemes.items()
+}
 figure = plt.figure(figsize=(9, 4.2))
 left, right = figure.subfigures(1, 2, width_ratios=[1, 1.2])
 axes = left.subplots()
-curves(axes, matrices, thick={"lora", "lora_moe", "mora"})
+curves(axes, matrices, thick={"lora", "lora_moe", "mora"}, dashed=matrices.keys() - SCHEMES.keys())
 axes.set_title("LoRA forgets, LoRA-MoE less, MoRA keeps", fontsize=10)
 grid = right.subplots(3, 3, sharex=True, sharey=True)
 for axes, (name, matrix) in zip(grid.flatten(), matrices.items(), strict=True):
@@ -211,9 +215,9 @@ assert right > 0.85 and wrong < right - 0.3
 # ## Why it forgets: the three problems
 #
 # The abstract of MoRA's paper names interference, redundancy and ambiguity, and gives no formulas.
-# This package gives five (`minimoe.continual.probe`), from fixed inputs of every task that are looked at
-# again after each task. With `g` the gate, `y` a layer's output, and a prime for *just after this
-# input's task was learned*:
+# This package gives five (`minimoe.continual.probe`), from fixed inputs of every task that are
+# looked at again after each task. With `g` the gate, `y` a layer's output, and a prime for *just
+# after this input's task was learned*:
 #
 # | problem | number | formula, per input |
 # |---|---|---|
@@ -242,7 +246,7 @@ B = torch.tensor([[0.0, 2.0], [0.0, -5.0]], dtype=torch.float64)
 alike = probe.alike(A, B, old=1).item()
 
 nan = np.nan  # nothing to say there
-found = {  # [i, j]: i tasks learned, on the inputs of task j; as a Recorder writes it
+records = {  # [i, j]: i tasks learned, on the inputs of task j; as a Recorder writes it
     "drift": [[nan, nan], [0, nan], [drift, 0]],
     "mass": [[[nan, nan]] * 2, [[1, nan], [nan, nan]], [mass, [0, 1]]],
     "entropy": [[nan, nan], [1, nan], [entropy, 0]],
@@ -258,25 +262,25 @@ expected = {
 }
 assert set(probe.PROBLEMS.values()) == set(expected)
 for measure, value in expected.items():
-    assert abs(measure(found) - value) < 1e-12, measure.__name__
-    print(f"{measure.__name__:14}{measure(found):.3f}")
+    assert abs(measure(records) - value) < 1e-12, measure.__name__
+    print(f"{measure.__name__:14}{measure(records):.3f}")
 
 # %% [markdown]
 # Now the second half of the run's table above. Some of its cells are facts about the scheme, not
 # about what it learned. Where g = 1, as in `lora_grown`, every gate is maximally undecided, and
-# the later ranks take what their number gives them: after T tasks an input of task j gives
-# (T - j - 1)/T of its weight to later ranks, on average 1/2. LoRA that does not grow keeps the
+# the later ranks take what their number gives them: after J tasks an input of task j gives
+# (J - j - 1)/J of its weight to later ranks, on average 1/2. LoRA that does not grow keeps the
 # same ranks always.
 
 # %%
-rows = result["schemes"]
+rows = result.schemes
 for problem, value in {"ambiguity": 1, "intrusion": 0.5, "instability": 0.5}.items():
-    assert abs(rows["lora_grown"][problem]["mean"] - value) < 1e-6
-assert rows["lora"]["instability"]["mean"] == 0  # nothing to choose; it forgets all the same
-interference = {name: rows[name]["interference"]["mean"] for name in ("lora", "lora_moe", "mora")}
+    assert abs(rows["lora_grown"][problem].mean - value) < 1e-6
+assert rows["lora"].instability.mean == 0  # nothing to choose; it forgets all the same
+interference = {name: rows[name].interference.mean for name in ("lora", "lora_moe", "mora")}
 assert interference["lora"] > interference["lora_moe"] > interference["mora"]
-assert rows["mora"]["intrusion"]["mean"] < rows["lora_moe"]["intrusion"]["mean"]
-assert abs(rows["oracle"]["interference"]["mean"]) < 1e-4  # told the task: nothing moves
+assert rows["mora"].intrusion.mean < rows["lora_moe"].intrusion.mean
+assert abs(rows["oracle"].interference.mean) < 1e-4  # told the task: nothing moves
 
 # %% [markdown]
 # Interference orders the three schemes as BWT does: where outputs for old inputs moved more, more
@@ -285,12 +289,17 @@ assert abs(rows["oracle"]["interference"]["mean"]) < 1e-4  # told the task: noth
 # Intrusion, drawn. The stored run of `minimoe compare` has five tasks; of a gate's weight, whose
 # ranks take how much?
 
+
 # %%
-stored = json.loads(Path("results/compare.json").read_text(encoding="utf-8"))["schemes"]
+def read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+stored = CompareResult.from_json(read("results/compare.json")).schemes
 figure, grid = plt.subplots(1, 3, figsize=(8, 2.7), sharey=True)
 own = {}
 for axes, name in zip(grid, ("lora_grown", "lora_moe", "mora"), strict=True):
-    last = np.array(stored[name]["found"]["mass"], dtype=float)[-1]  # at the end: (T inputs, T)
+    last = np.array(stored[name].found["mass"])[-1]  # at the end: (J inputs, J)
     own[name] = last.diagonal().mean()
     heat_map(axes, last, f"{name}: own ranks take {own[name]:.0%}")
     axes.set_xlabel("ranks of task")
@@ -309,14 +318,14 @@ assert own["lora_grown"] < own["lora_moe"] < own["mora"]
 # (`minimoe study atlas`, too long to run here).
 
 # %%
-atlas = json.loads(Path("findings/atlas.json").read_text(encoding="utf-8"))
+atlas = StudyResult.from_json(read("findings/atlas.json"))
 STREAMS = ["permuted-digits", "rotated-digits", "split-digits", "digit-worlds"]
 values = {
-    name: {stream: row[f"acc {stream}"]["values"] for stream in STREAMS}
-    for name, row in atlas["rows"].items()
+    name: {stream: row[f"acc {stream}"].values for stream in STREAMS}
+    for name, row in atlas.rows.items()
 }
 means = {name: {s: float(np.mean(v)) for s, v in row.items()} for name, row in values.items()}
-assert values.keys() == compare.LEARNERS.keys() and not atlas["quick"]
+assert values.keys() == ROSTER.keys() and not atlas.quick
 assert {len(v) for row in values.values() for v in row.values()} == {5}
 
 figure, grid = plt.subplots(1, 4, figsize=(9, 4.8), sharey=True)
@@ -387,14 +396,14 @@ assert means["joint"]["rotated-digits"] - means["mora"]["rotated-digits"] > 0.2
 
 # %%
 free = [name for name, kind in kinds.items() if kind != "bound"]
-pairs = [(a, b) for i, a in enumerate(free) for b in free[:i]]
+pairs = [(one, other) for i, one in enumerate(free) for other in free[:i]]
 swapped = {}
 for s in STREAMS:
     swapped[s] = [
         np.mean(
             [
-                (values[a][s][seed] > values[b][s][seed]) != (means[a][s] > means[b][s])
-                for a, b in pairs
+                (values[one][s][seed] > values[other][s][seed]) != (means[one][s] > means[other][s])
+                for one, other in pairs
             ]
         )
         for seed in range(5)
@@ -407,22 +416,22 @@ assert np.mean(swapped["split-digits"]) > np.mean(swapped["permuted-digits"])
 # ### Fourth question: paired, does the difference hold?
 #
 # All learners meet the same seeds, so a hard split is hard for all. Compare seed by seed: with
-# d = a - b for each of n seeds, the mean of d is told from 0 at 5 % if
+# d = more - less for each of n seeds, the mean of d is told from 0 at 5 % if
 #
 #     |mean(d)| > t · std(d) / √n            t: the 97.5 % point of Student's t, n - 1 degrees
 #
-# `study.Comparison` says `holds`, `does not hold` (the other way round) or `mixed` (not told).
+# `Comparison` says `holds`, `does not hold` (the other way round) or `mixed` (not told).
 # Neither the gap of the means nor the overlap of the spreads says which it is.
 
 
 # %%
-def compared(a, b, stream):
-    return Comparison(f"{a} - {b}", values[a][stream], values[b][stream])
+def compared(more, less, stream):
+    return Comparison(f"{more} - {less}", values[more][stream], values[less][stream])
 
 
-def spreads_overlap(a, b, stream):
-    gap = abs(means[a][stream] - means[b][stream])
-    return gap < np.std(values[a][stream], ddof=1) + np.std(values[b][stream], ddof=1)
+def spreads_overlap(more, less, stream):
+    gap = abs(means[more][stream] - means[less][stream])
+    return gap < np.std(values[more][stream], ddof=1) + np.std(values[less][stream], ddof=1)
 
 
 cases = [
@@ -435,12 +444,12 @@ for case in cases:
     print(f"{case[2]:16}{compared(*case)}")
 
 figure, grid = plt.subplots(1, 4, figsize=(9, 2.7), sharey=True)
-for axes, (a, b, stream) in zip(grid, cases, strict=True):
-    for seed, pair in enumerate(zip(values[b][stream], values[a][stream], strict=True)):
+for axes, (more, less, stream) in zip(grid, cases, strict=True):
+    for seed, pair in enumerate(zip(values[less][stream], values[more][stream], strict=True)):
         axes.plot([0, 1], pair, color=COLOURS[seed], marker=MARKERS[seed], ms=5)
-    axes.set_xticks([0, 1], [b, a])
+    axes.set_xticks([0, 1], [less, more])
     axes.set_xlim(-0.3, 1.3)
-    axes.set_title(f"{stream}\n{compared(a, b, stream).verdict}", fontsize=9)
+    axes.set_title(f"{stream}\n{compared(more, less, stream).verdict}", fontsize=9)
     axes.grid(alpha=0.3)
 grid[0].set(ylabel="ACC", ylim=(0.1, 1))
 figure.suptitle("One line per seed: a difference holds where the lines rise alike", fontsize=11)
@@ -460,7 +469,7 @@ assert best["rotated-digits"] == "mora"
 assert compared("mora", "ewc", "rotated-digits").verdict == "mixed"
 # a head of 640 trained weights is not told from MoRA where classes come two by two
 assert compared("mora", "head_only", "split-digits").verdict == "mixed"
-assert stored["head_only"]["trainable"] == 640
+assert stored["head_only"].trainable == 640
 # one seed tells nothing, however large the difference
 assert Comparison("one seed", [0.99], [0.01]).verdict == "mixed"
 
@@ -519,24 +528,26 @@ assert step < 1e-8 and jump > 1
 # ## A stream where the best is known
 #
 # Bounds by training leave a doubt: was `joint` trained well? On the `planted` stream a task is a
-# linear map, and what a scheme could express is a matter of algebra (`minimoe.continual.planted`): one
-# update of rank R can do no better than least squares cut to its R leading directions. The score
-# is the share of the answer explained, 1 at best. `reachable` writes it down without training.
+# linear map, and what a scheme could express is a matter of algebra (`minimoe.continual.planted`):
+# one update of rank R can do no better than least squares cut to its R leading directions. The
+# score is the share of the answer explained, 1 at best. `reachable` writes it down without
+# training.
 
 # %%
 stream = streams.make("planted", tasks=5, seed=0)
-known = planted.reachable(pretrain(stream, seed=0, device=device), stream, compare.TOY)
-for name, what in known.items():
-    print(f"{name:12}{'' if what['limit'] else '≥':>2} {what['acc']:.3f}")
+settings = {name: entry.settings for name, entry in ROSTER.items()}
+known = planted.reachable(pretrain(stream, seed=0, device=device), stream, settings)
+for name, reach in known.items():
+    print(f"{name:12}{'' if reach.limit else '≥':>2} {reach.mean:.3f}")
 
-assert known["joint"]["acc"] > 0.999 and known["oracle"]["acc"] > 0.999
-assert known["lora"]["limit"] and known["lora"]["acc"] < 0.9  # 8 ranks cannot hold 5 tasks of 4
-assert not known["mora"]["limit"] and known["mora"]["acc"] > 0.95  # shown, with weights set by hand
+assert known["joint"].mean > 0.999 and known["oracle"].mean > 0.999
+assert known["lora"].limit and known["lora"].mean < 0.9  # 8 ranks cannot hold 5 tasks of 4
+assert not known["mora"].limit and known["mora"].mean > 0.95  # shown, with weights set by hand
 
 # %%
-planted_runs = json.loads(Path("results/planted.json").read_text(encoding="utf-8"))["schemes"]
-reach = {n: r["reachable"]["mean"] for n, r in planted_runs.items() if r.get("reachable")}
-learned = {name: planted_runs[name]["acc"]["mean"] for name in reach}
+planted_runs = CompareResult.from_json(read("results/planted.json")).schemes
+reach = {name: row.reachable.mean for name, row in planted_runs.items() if row.reachable}
+learned = {name: planted_runs[name].acc.mean for name in reach}
 
 figure, axes = plt.subplots(figsize=(8, 2.9))
 for y, name in enumerate(reach):
@@ -553,13 +564,13 @@ axes.grid(alpha=0.3)
 plt.show()
 
 for name in reach:  # no limit is passed
-    if planted_runs[name]["reachable"]["limit"]:
+    if planted_runs[name].reachable.limit:
         assert learned[name] < reach[name] + 1e-6, name
 assert learned["lora"] < 0 < reach["lora"] < 0.9  # worse than to answer 0
 assert reach["lora_grown"] > 0.999 and learned["lora_grown"] < 0.95
 assert learned["mora"] < reach["mora"] - 0.03  # it stays below what it can say ...
-assert abs(planted_runs["mora"]["bwt"]["mean"]) < 0.01  # ... and not because it forgets
-assert planted_runs["lora_moe"]["bwt"]["mean"] < -0.1  # LoRA-MoE does
+assert abs(planted_runs["mora"].bwt.mean) < 0.01  # ... and not because it forgets
+assert planted_runs["lora_moe"].bwt.mean < -0.1  # LoRA-MoE does
 
 # %% [markdown]
 # Three different failures that one ACC cannot tell apart: `lora` has no room for five tasks,
@@ -626,8 +637,8 @@ with exercise("2"):
     assert verdict(one_lucky, [0.50] * 5) == "not told", "ahead in one seed of five"
     assert verdict([0.95], [0.10]) == "not told", "a single seed"
     for x, y, stream in cases:
-        told = verdict(values[x][stream], values[y][stream]) != "not told"
-        assert told == (compared(x, y, stream).verdict != "mixed"), f"{x} and {y} on {stream}"
+        differ = verdict(values[x][stream], values[y][stream]) != "not told"
+        assert differ == (compared(x, y, stream).verdict != "mixed"), f"{x} and {y} on {stream}"
 
 # %% [markdown]
 # **3.** A paper reports .70 on split-digits, "against .21 of LoRA". Which learner of the atlas
@@ -641,7 +652,7 @@ share = None  # a number: 0 at the baseline, 1 at joint training
 # %%
 with exercise("3"):
     assert kinds.get(baseline) == "baseline", f"{baseline} is no baseline"
-    assert stored[baseline]["trainable"] == 0, f"{baseline} is trained"
+    assert stored[baseline].trainable == 0, f"{baseline} is trained"
     low, high = split[baseline], split["joint"]
     assert low > 0.70, f"{baseline} reaches {low:.2f} only: that makes .70 look good"
     assert abs(low + share * (high - low) - 0.70) < 0.003, "how far on the way?"

@@ -2,7 +2,7 @@
 # # The sparse product: from a masked GEMM to a gather to Triton, and where each pays
 #
 # A gate that keeps K of R ranks leaves a matrix that is nearly all zeros. This notebook computes
-# with it in four ways that give the same numbers, counts what each costs, and measures where the
+# with it in five ways that give the same numbers, counts what each costs, and measures where the
 # sparse one is faster, and where the dense one is.
 #
 # Before this: notebook 01. A quarter of a minute on a laptop; nothing is trained.
@@ -26,8 +26,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minimoe
 from minimoe import MoRA
-from minimoe.bench import Clock, DenseMasked
-from minimoe.sparse import CROSSOVER, rank_scores, rank_sparse, sddmm, spmm, spmm_t, top_scores
+from minimoe.bench import Clock, DenseMasked, rounds
+from minimoe.sparse import (
+    CROSSOVER,
+    SMALL,
+    is_plain,
+    rank_scores,
+    rank_sparse,
+    sddmm,
+    spmm,
+    spmm_t,
+    top_scores,
+)
 from minimoe.tools.exercise import exercise
 from minimoe.tools.plots import COLOURS, MARKERS
 
@@ -52,7 +62,7 @@ def close(a, b):
 #     y[t] = Σ_k  v[t, k] · B[idx[t, k]]        B (R, O), one row per rank
 #
 # or, with a matrix H (T, R) that holds `v` at `idx` and zeros elsewhere, y = H B. A masked dense
-# layer stores H. Letters as sum_over_processes in the package: T tokens, D in, O out, R ranks in all, K
+# layer stores H. Letters as everywhere in the package: T tokens, D in, O out, R ranks in all, K
 # kept.
 
 # %%
@@ -77,14 +87,15 @@ right.set(xlabel="output", ylabel="token", title="y = H B has no zeros")
 plt.show()
 
 # %% [markdown]
-# ## Four paths, the same numbers
+# ## Five paths, the same numbers
 #
 # `rank_sparse(v, idx, frozen, live, path)` is that product; B comes in two parts, rows of finished
 # tasks and rows in training. `path` says how it is computed, and changes nothing else:
 #
 # | path | what it does | multiply-adds |
 # |---|---|---|
-# | `dense` | scatter v into H, one GEMM | T·R·O |
+# | `plain` | scatter v into H, one GEMM; its backward is autograd's | T·R·O |
+# | `dense` | the same; its backward is the products of the next section | T·R·O |
 # | `gather` | read the K chosen rows of each token, weight and add them | T·K·O |
 # | `compact` | dense, over only the ranks that some token chose | T·(ranks used)·O |
 # | `triton` | as gather, in a kernel of its own, for a GPU | T·K·O |
@@ -94,14 +105,14 @@ plt.show()
 
 # %%
 frozen, live = B[:48], B[48:]
-for path in ("dense", "gather", "compact"):
+for path in ("plain", "dense", "gather", "compact"):
     assert close(rank_sparse(v, idx, frozen, live, path), y), path
 assert close(embedding_bag(idx, B, per_sample_weights=v, mode="sum"), y)
 
 # a rank named twice counts twice; one that is to say nothing has v = 0, and needs no branch
 twice = torch.tensor([[7, 7, 3]], device=device)
-says = torch.tensor([[1.0, 2.0, 0.0]], **wide)
-assert close(rank_sparse(says, twice, frozen, live, "gather"), 3 * B[7:8])
+values = torch.tensor([[1.0, 2.0, 0.0]], **wide)
+assert close(rank_sparse(values, twice, frozen, live, "gather"), 3 * B[7:8])
 
 # %% [markdown]
 # Triton compiles Python functions to GPU kernels. This one is all of `sddmm`, the second product of
@@ -194,7 +205,8 @@ for path in ("dense", "gather", "compact"):
 
 # rank_scores is sddmm for a gate: what the kept ranks see, z[t, k] = x[t] · A[idx[t, k]]
 x, A = torch.randn(T, 20, **wide), torch.randn(R, 20, **wide)
-assert close(rank_scores(x, idx, A[:48], A[48:]), (x @ A.T).gather(1, idx))
+for path in ("plain", "gather"):
+    assert close(rank_scores(x, idx, A[:48], A[48:], path), (x @ A.T).gather(1, idx))
 
 # frozen rows get no gradient, and none is computed: spmm_t is asked for the live ranks only
 F = 48
@@ -250,25 +262,12 @@ for R in (64, 512, 4096):
 # %% [markdown]
 # ## Measured, here and now
 #
-# In each round every contender runs once, in an order that turns, and a ratio is taken within its
-# round: what slows the machine for a second slows both. The median over rounds is reported. `Clock`
-# times one call, on a GPU by its events.
+# In each of the `rounds` every contender runs once, in an order that turns, and a ratio is taken
+# within its round: what slows the machine for a second slows both. The median over rounds is
+# reported. `Clock` times one call, on a GPU by its events.
 
 
 # %%
-def rounds(contenders, repeats=15):
-    """{name: milliseconds, one per round}."""
-    for _ in range(2):
-        for f in contenders.values():
-            f()
-    names, times = list(contenders), {name: [] for name in contenders}
-    for i in range(repeats):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
-            times[name].append(clock(contenders[name]))
-    return times
-
-
 def forward(v, idx, B, path):
     with torch.no_grad():
         rank_sparse(v, idx, B[:0], B, path)
@@ -292,7 +291,7 @@ for share in SHARES:
         "training": {path: partial(step, v, idx, B, dy, path) for path in PATHS},
     }
     for which, contenders in calls.items():
-        times = rounds(contenders)
+        times = rounds(contenders, 15, clock)
         for path in PATHS:
             ms[which, path, share] = statistics.median(times[path])
             each = [t / d for t, d in zip(times[path], times["dense"], strict=True)]
@@ -320,8 +319,8 @@ RANKS = sorted({row["R"] for row in bench["rows"] if row["part"] == "layer"})
 def row(part, which, R, name, routing="random"):
     """One row of the stored measurement."""
     wanted = {"part": part, "pass": which, "R": R, "name": name, "routing": routing}
-    (found,) = [each for each in bench["rows"] if wanted.items() <= each.items()]
-    return found
+    (match,) = [each for each in bench["rows"] if wanted.items() <= each.items()]
+    return match
 
 
 figure, grid = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
@@ -388,7 +387,7 @@ square = torch.randn(side, side, device=device)
 POINTS = [(path, share) for path in ("dense", "gather") for share in SHARES]
 large = torch.randn(2**24, device=device)
 target = torch.empty_like(large)
-roof = rounds({"gemm": lambda: square @ square, "copy": lambda: target.copy_(large)}, 7)
+roof = rounds({"gemm": lambda: square @ square, "copy": lambda: target.copy_(large)}, 7, clock)
 work = {(path, n): 2 * T * O * K * (n if path == "dense" else 1) for path, n in POINTS}
 rate = {(path, n): work[path, n] / ms["forward", path, n] / 1e6 for path, n in POINTS}  # GFLOP/s
 peak = max(2 * side**3 / min(roof["gemm"]) / 1e6, *rate.values())
@@ -419,9 +418,40 @@ plt.show()
 # %% [markdown]
 # ## What `auto` picks
 #
-# Each of the three products chooses by itself, at a number of rows per kept rank that was measured
-# on a CPU and, for a GPU, only worked out (an H100's GEMM is so fast that skipping has to save a
-# factor of a hundred). `spmm_t` counts live rows only.
+# Up to `SMALL` tokens times ranks `auto` is `plain`: in a small layer the bookkeeping of the other
+# paths costs more than their arithmetic saves. All of such a layer is plain, MoRA's gate too.
+
+# %%
+print(SMALL)
+tokens = torch.empty(SMALL[device] // 64 + 1, 1, device=device)
+assert is_plain("auto", tokens[1:], 64) and not is_plain("auto", tokens, 64)
+
+small = MoRA(nn.Linear(64, 64), rank=64, top_k=4).to(device)
+nn.init.normal_(small.B)
+x = torch.randn(64, 64, device=device)
+
+
+def layer_step(path):
+    small.path = path
+    y = small(x)
+    y.sum().backward()
+    return y
+
+
+y = {path: layer_step(path) for path in ("auto", "plain", "gather")}
+assert torch.equal(y["auto"], y["plain"])  # the same bits
+assert torch.allclose(y["gather"], y["plain"], atol=1e-4)  # the same numbers
+
+times = rounds({path: partial(layer_step, path) for path in ("plain", "gather")}, 15, clock)
+each = [g / p for g, p in zip(times["gather"], times["plain"], strict=True)]
+print(f"64 tokens, 64 ranks: gather takes {statistics.median(each):.1f} x as long as plain")
+if device == "cpu":
+    assert statistics.median(each) > 1
+
+# %% [markdown]
+# In larger layers each of the three products chooses by itself, at a number of rows per kept rank
+# that was measured on a CPU and, for a GPU, only worked out (an H100's GEMM is so fast that
+# skipping has to save a factor of a hundred). `spmm_t` counts live rows only.
 
 # %%
 print(CROSSOVER)
@@ -430,10 +460,11 @@ assert all(CROSSOVER["cuda"][product] > CROSSOVER["cpu"][product] for product in
 
 # the same path gives the same bits, another path others: the bits say what auto picked
 sparse = "triton" if device == "cuda" and importlib.util.find_spec("triton") else "gather"
+many = SMALL[device] // K + 1  # tokens, so that no R of these is small
 for share in (1, 4, 256):
     R = share * K
-    idx = torch.rand(T, R, device=device).topk(K).indices
-    v, B = torch.randn(T, K, device=device), torch.randn(R, O, device=device)
+    idx = torch.rand(many, R, device=device).topk(K).indices
+    v, B = torch.randn(many, K, device=device), torch.randn(R, O, device=device)
     bits = {path: rank_sparse(v, idx, B[:0], B, path) for path in ("auto", "dense", sparse)}
     (pick,) = [path for path in ("dense", sparse) if torch.equal(bits["auto"], bits[path])]
     print(f"R/K {share:3}: {pick}")
@@ -463,8 +494,9 @@ for R in (16, 256, 4096, 2**20):
 #
 #     dx = (sparse part) + c · z A          z A = x Aᵀ A = x (Aᵀ A)
 #
-# and the bracket on the right is the trick of `top_scores`: AᵀA is (D, D) whatever R is. It costs
-# (T + R)·D·D instead of T·R·D, and z itself need not be kept. It is the exact gradient.
+# and the bracket on the right is the trick of `top_scores`, which MoRA's gate calls unless it is
+# plain: AᵀA is (D, D) whatever R is. It costs (T + R)·D·D instead of T·R·D, and z itself need not
+# be kept. It is the exact gradient.
 
 # %%
 T, D, R, K = 200, 24, 96, 4  # (T + R)·D·D < T·R·D: the bracket is used
@@ -584,9 +616,10 @@ late = row("weight gradient", "training", 16, "R 4096")["ratio"]["median"]
 assert 0.8 < late < 1.2
 
 # %% [markdown]
-# So, on a CPU: the sparse product alone pays from R of about 2 K on, 5 K in the backward. A layer
-# around it saves at most half of its forward pass. At 64 ranks a masked layer is as good, and
-# simpler; at 256 it is somewhat slower and holds no more memory; among thousands it is hopeless.
+# So, on a CPU, in layers that are not small: the sparse product alone pays from R of about 2 K on,
+# 5 K in the backward. A layer around it saves at most half of its forward pass. At 64 ranks a
+# masked layer is as good, and simpler; at 256 it is somewhat slower and holds no more memory; among
+# thousands it is hopeless.
 # For a GPU the crossover is arithmetic so far, not measurement: dense up to R/K of about a hundred.
 #
 # ## Exercises

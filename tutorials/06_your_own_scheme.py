@@ -18,25 +18,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from minimoe import (
-    SCHEMES,
-    Adapter,
-    Claims,
-    LoRA,
-    LoRAMoE,
-    MoCLE,
-    MoRA,
-    MoSLD,
-    SMoRA,
-    laws,
-    streams,
-)
+from minimoe import Adapter, Claims, Gate, LoRA, LoRAMoE, MoRA, laws
 from minimoe.adapt import adapt, adapters, after_step, aux_loss, context, grow
+from minimoe.continual import streams
 from minimoe.continual.learn import AdapterLearner, pretrain, run_stream
-from minimoe.continual.learners import MoCLELearner
 from minimoe.continual.metrics import acc, bwt
 from minimoe.continual.probe import PROBLEMS, dense_gate
+from minimoe.roster import SCHEMES
+from minimoe.schemes.mocle import MoCLE, MoCLELearner
+from minimoe.schemes.mosld import MoSLD
+from minimoe.schemes.smora import SMoRA
 from minimoe.tools.exercise import exercise
+from minimoe.tools.load import load_class
 from minimoe.tools.plots import COLOURS, curves
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +47,7 @@ with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, "-m", "minimoe", "new-scheme", "my_gate"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     print((Path(folder) / "my_gate.py").read_text(encoding="utf-8"))
-    MyGate = laws.load(Path(folder) / "my_gate.py", "MyGate")  # a class of a file
+    MyGate = load_class(Path(folder) / "my_gate.py", "MyGate", Adapter)  # a class of a file
 
 # %% [markdown]
 # As it comes, $g = 1$: dense LoRA under another name. With the same rows it gives the same output.
@@ -79,23 +72,23 @@ assert row.verdict == "held"
 # | name | what it is | if not stated |
 # |---|---|---|
 # | `claims` | what it promises; the laws hold it to that | nothing is claimed |
-# | `gate(x)` | `(idx, g, z)`: the kept ranks (None: all), weights, what they see | an error |
+# | `gate(x)` | `Gate(idx, weight, z)`: kept ranks (None: all), g, what they see | an error |
 # | `active()` | how many parameters one token's output depends on | an error |
 # | `fresh()` | the rows that a task adds, by name | keys `A` and values `B` |
-# | `shared()` | parameters that belong to no task, which every task trains on | none |
-# | `fixed` | names of rows that no gradient trains | none |
+# | `task_agnostic()` | parameters that belong to no task, which every task trains on | none |
+# | `buffer_rows` | names of rows that no gradient trains | none |
 # | `after_step()` | what it does when the optimiser has made a step | nothing |
-# | `hears()` | what it must be told of each sample beside $x$ | nothing |
+# | `needs()` | the context it needs: what must be given of each sample beside $x$ | nothing |
 #
 # Who states what, of those that ship:
 
 # %%
-parts = ["claims", "gate", "active", "fresh", "shared", "fixed", "after_step", "hears"]
-print(f"{'':10}", *(f"{part:>10}" for part in parts))
+parts = ["claims", "gate", "active", "fresh", "task_agnostic", "buffer_rows", "after_step", "needs"]
+print(f"{'':15}", *parts)
 for name, scheme in SCHEMES.items():
     classes = [cls for cls in scheme.__mro__ if issubclass(cls, Adapter) and cls is not Adapter]
     stated = {part for part in parts for cls in classes if part in vars(cls)}
-    print(f"{name:10}", *(f"{'x' if part in stated else '':>10}" for part in parts))
+    print(f"{name:15}", *(f"{'x' if part in stated else '':>{len(part)}}" for part in parts))
     assert {"claims", "gate", "active"} <= stated
 
 # %% [markdown]
@@ -121,13 +114,13 @@ class FirstTry(Adapter):
 
     def gate(self, x):
         z = self.project(x, "A")  # (..., R)
-        idx = z.abs().topk(min(self.top_k, self.ranks)).indices  # (..., k)
+        idx = z.abs().topk(self.kept).indices  # (..., k): top_k, or all if there are fewer
         z = z.gather(-1, idx)
-        return idx, z**2 / (z**2).sum(-1, keepdim=True), z
+        return Gate(idx, z**2 / (z**2).sum(-1, keepdim=True), z)
 
     def active(self):
         D, O = self.base.in_features, self.base.out_features
-        return self.ranks * D + min(self.top_k, self.ranks) * O
+        return self.ranks * D + self.kept * O
 
 
 layer = FirstTry(nn.Linear(16, 16), rank=4, top_k=2)
@@ -161,11 +154,11 @@ class Energy(FirstTry):
 
     def gate(self, x):
         z = self.project(x, "A")
-        idx = z.abs().topk(min(self.top_k, self.ranks)).indices
+        idx = z.abs().topk(self.kept).indices
         z = z.gather(-1, idx)
         norm = z.norm(dim=-1, keepdim=True)
         s = z / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # where z = 0, s = 0
-        return idx, s.square(), z
+        return Gate(idx, s.square(), z)
 
 
 rows = laws.check(Energy)
@@ -201,8 +194,8 @@ class SoftmaxFirst(MoRA):
     def gate(self, x):
         z = self.project(x, "A")
         s = z / z.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-        w, idx = (s / self.tau).softmax(-1).topk(min(self.top_k, self.ranks))
-        return idx, w, z.gather(-1, idx)
+        w, idx = (s / self.tau).softmax(-1).topk(self.kept)
+        return Gate(idx, w, z.gather(-1, idx))
 
 
 row = laws.hold(laws.simplex, SoftmaxFirst, tau=0.5)  # settings are keyword arguments
@@ -244,9 +237,9 @@ class BatchMean(Energy):
     def gate(self, x):
         z = self.project(x, "A")
         centred = z - z.reshape(-1, self.ranks).mean(0)
-        idx = centred.abs().topk(min(self.top_k, self.ranks)).indices
+        idx = centred.abs().topk(self.kept).indices
         z = z.gather(-1, idx)
-        return idx, torch.softmax(z.abs(), -1), z
+        return Gate(idx, torch.softmax(z.abs(), -1), z)
 
 
 row = laws.hold(laws.granularity, BatchMean)
@@ -267,8 +260,8 @@ assert changed > 0.2
 #
 # ## In the table
 #
-# `AdapterLearner` puts a scheme into each linear layer of a pretrained backbone and grows it between
-# tasks; `carry` takes it through a stream. Three tasks of `permuted-digits`, one seed:
+# `AdapterLearner` puts a scheme into each linear layer of a pretrained backbone and grows it
+# between tasks; `run_stream` takes it through a stream. Three tasks of `permuted-digits`, one seed:
 
 # %%
 SEED, EPOCHS = 1, 6
@@ -290,13 +283,13 @@ for name, (scheme, settings) in contenders.items():
 
 print(f"{'':9}{'ACC':>7}{'BWT':>7}{'active':>8}", *(f"{p:>13}" for p in PROBLEMS))
 for name, run in runs.items():
-    problems = [f"{measure(run['found']):13.3f}" for measure in PROBLEMS.values()]
-    scores = f"{acc(run['matrix']):7.3f}{bwt(run['matrix']):7.3f}{run['active']:8,}"
+    problems = [f"{measure(run.records):13.3f}" for measure in PROBLEMS.values()]
+    scores = f"{acc(run.matrix):7.3f}{bwt(run.matrix):7.3f}{run.active:8,}"
     print(f"{name:9}{scores}", *problems)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-matrices = {name: np.array([run["matrix"]]) for name, run in runs.items()}  # (seeds, T + 1, T)
+matrices = {name: np.array([run.matrix]) for name, run in runs.items()}  # (seeds, J + 1, J)
 curves(left, matrices, thick={"energy"})
 left.legend(fontsize=8, loc="lower left", ncols=2, frameon=False)
 left.set_ylabel("mean accuracy, tasks seen")
@@ -304,7 +297,7 @@ left.set_title("Energy keeps what it learns, nearly as MoRA does", fontsize=10)
 growing = ["lora_moe", "mora", "energy"]  # the others have no ranks of tasks to tell apart
 shown = ["interference", "intrusion", "ambiguity", "instability"]
 for i, name in enumerate(growing):
-    heights = [PROBLEMS[problem](runs[name]["found"]) for problem in shown]
+    heights = [PROBLEMS[problem](runs[name].records) for problem in shown]
     place = list(runs).index(name)
     right.bar(np.arange(4) + 0.25 * (i - 1), heights, 0.22, color=COLOURS[place], label=name)
 right.set_xticks(range(4), shown, fontsize=8)
@@ -317,23 +310,25 @@ plt.show()
 # On this stream the gate comes near MoRA, with neither temperature nor threshold to set, and well
 # above one LoRA for all. It is less decided: a square sharpens less than this softmax, and old
 # inputs give the newer ranks more weight. One seed and three tasks say no more than that;
-# `minimoe/compare.py` and `minimoe/studies.py` are the places to go on.
+# `minimoe compare --schemes mora my_gate.py:MyGate` goes on from here, with a class in a file, and
+# `minimoe/studies/` is where finer questions are put.
 
 # %%
-measured = {name: {p: PROBLEMS[p](run["found"]) for p in shown} for name, run in runs.items()}
-accuracy = {name: acc(run["matrix"]) for name, run in runs.items()}
+measured = {name: {p: PROBLEMS[p](run.records) for p in shown} for name, run in runs.items()}
+accuracy = {name: acc(run.matrix) for name, run in runs.items()}
 assert accuracy["energy"] > accuracy["lora"] + 0.15
 assert abs(accuracy["energy"] - accuracy["mora"]) < 0.1
 assert measured["energy"]["ambiguity"] > measured["mora"]["ambiguity"] + 0.1
 assert measured["energy"]["intrusion"] > measured["mora"]["intrusion"] + 0.03
-assert runs["energy"]["active"] == runs["mora"]["active"]
+assert runs["energy"].active == runs["mora"].active
 
 # %% [markdown]
 # ## What a gate needs beyond x
 #
-# MoCLE chooses an expert by the cluster that a sample is in, which the layer cannot see. The scheme
-# says in `hears()` what it must be told; its gate asks with `self.given("cluster", x)`; and who
-# calls the model says it with `told`, which reaches all its adapters.
+# MoCLE chooses an expert by the cluster that a sample is in, which the layer cannot see. That is
+# *context*. The scheme states in `needs()` which context it needs; its gate asks for it with
+# `self.given("cluster", x)`; and who calls the model gives it, inside `context(model, ...)`, to all
+# its adapters.
 
 # %%
 torch.manual_seed(0)
@@ -343,7 +338,7 @@ grow(model)  # a second task: three clusters more
 for _, layer in adapters(model):
     nn.init.normal_(layer.frozen_B)
     nn.init.normal_(layer.B)
-print("hears", model[0].needs())
+print("needs", model[0].needs())
 assert model[0].needs() == {"cluster": range(6)}
 
 samples = torch.randn(4, 20, 32)  # 4 samples of 20 tokens
@@ -355,9 +350,9 @@ assert y.shape == (4, 20, 10)
 assert torch.equal(y[:3], other[:3])
 assert not torch.allclose(y[3], other[3])
 
-for said in ({}, {"cluster": torch.tensor([0, 1, 4, 6])}):
+for values in ({}, {"cluster": torch.tensor([0, 1, 4, 6])}):
     try:
-        with context(model, **said):
+        with context(model, **values):
             model(samples)
     except (RuntimeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}")
@@ -365,45 +360,46 @@ for said in ({}, {"cluster": torch.tensor([0, 1, 4, 6])}):
         raise AssertionError("no error")
 
 # %% [markdown]
-# In a stream the learner says it: `AdapterLearner.say(x)` returns what the adapters are told of inputs
-# $x$. MoCLE's, in `learners.py`, looks for the nearest cluster centre. The laws tell every scheme
-# something of each sample, drawn from the sample itself, so they need no help.
+# In a stream the learner gives it: `AdapterLearner.context(x)` returns the context of inputs $x$.
+# MoCLE's learner, in the scheme's own file, looks for the nearest cluster centre. The laws give
+# every scheme the context that it needs, drawn from each sample itself, so they need no help.
 
 # %%
-print(inspect.getsource(MoCLELearner.say))
+print(inspect.getsource(MoCLELearner.context))
 row = laws.hold(laws.granularity, MoCLE)
 print(row)
 assert row.verdict == "held"
 
 # %% [markdown]
-# ## Rows that are shared, rows that are fixed
+# ## Parameters of no task, rows that are buffers
 #
-# `fresh` names the rows that a task adds: live ones, and `frozen_` ones behind them. `shared` names
-# what all tasks train on. In MoSLD all experts share their keys: there is no `frozen_A`, and a
-# growth step leaves `A` where it is.
+# `fresh` names the rows that a task adds: live ones, and `frozen_` ones behind them.
+# `task_agnostic` names what all tasks train on. In MoSLD all experts share their keys: there is no
+# `frozen_A`, and a growth step leaves `A` where it is.
 
 # %%
 layer = MoSLD(nn.Linear(16, 16), rank=4)
-shared = layer.A
+keys = layer.A
 layer.grow()
 print({name: tuple(t.shape) for name, t in layer.state_dict().items() if "base" not in name})
-assert layer.A is shared  # the same parameter
+assert layer.A is keys  # the same parameter
 assert "frozen_A" not in layer.state_dict()
 assert layer.frozen_B.shape == layer.B.shape == (4, 16)
 assert layer.keys.shape == (8, 16)  # once for each expert
 
 # %% [markdown]
-# `fixed` names rows that a task adds and no gradient trains. SMoRA's biases are such: `after_step`
-# lowers that of a rank that was chosen more often than the mean in the last step, and raises the
-# others', by `rate`.
+# `buffer_rows` names rows that a task adds and no gradient trains. SMoRA's biases are such:
+# `after_step` lowers that of a rank that was chosen more often than the mean in the last step, and
+# raises the others', by `rate`.
 
 # %%
 torch.manual_seed(0)
 layer = SMoRA(nn.Linear(16, 16), rank=4, top_k=1, rate=0.01).train()
-print("fixed", SMoRA.buffer_rows, " trained", [n for n, p in layer.named_parameters() if p.requires_grad])
+trained = [name for name, p in layer.named_parameters() if p.requires_grad]
+print("buffers", SMoRA.buffer_rows, " trained", trained)
 layer(torch.randn(101, 16))
 counts = layer.counts
-after_step(layer)  # `train` in learn.py calls it after every step
+after_step(layer)  # `train` in continual/learn.py calls it after every step
 print("chosen", counts.tolist(), " biases", [round(b, 3) for b in layer.bias.tolist()])
 assert "bias" not in dict(layer.named_parameters())
 assert torch.allclose(layer.bias, 0.01 * (counts.mean() - counts).sign())
@@ -446,7 +442,7 @@ assert abs(uneven - 4 / 2) < 0.01
 #
 # **1.** Fill in the gate of `Loudest`: keep the `top_k` ranks with the largest $|z|$ (all, if
 # there are fewer), and weigh them with the softmax of $|z|$ over the kept. It returns
-# `(idx, g, z)`, each (..., k). The check is the laws', and a look at which ranks are kept.
+# `Gate(idx, g, z)`, each (..., k). The check is the laws', and a look at which ranks are kept.
 
 
 # %% exercise 1
@@ -462,7 +458,7 @@ class Loudest(Adapter):
 
     def active(self):
         D, O = self.base.in_features, self.base.out_features
-        return self.ranks * D + min(self.top_k, self.ranks) * O
+        return self.ranks * D + self.kept * O
 
 
 # %%
@@ -475,8 +471,8 @@ with exercise("1"):
     tokens = torch.randn(50, 16)
     seen, weights = (tokens @ layer.keys.T).abs(), dense_gate(layer, tokens)
     kept = weights > 0
-    silent, heard = seen.where(~kept, 0).amax(-1), seen.where(kept, 99).amin(-1)
-    assert (silent <= heard).all(), "a rank that is not kept has a larger |z| than one that is"
+    silent, spoken = seen.where(~kept, 0).amax(-1), seen.where(kept, 99).amin(-1)
+    assert (silent <= spoken).all(), "a rank that is not kept has a larger |z| than one that is"
     ratio = (weights / weights.amax(-1, keepdim=True)).log()
     off = (ratio - (seen - seen.amax(-1, keepdim=True)))[kept].abs().max()
     assert off < 1e-4, "weights are not in the ratios that a softmax of |z| gives"
@@ -500,12 +496,12 @@ class Hearsay(Adapter):
         score = z.abs()
         if x.ndim > 2:  # (samples, tokens, D)
             score = score + score.mean(-2, keepdim=True)
-        top, idx = score.topk(min(self.top_k, self.ranks))
-        return idx, top.shape[-1] * top.softmax(-1), z.gather(-1, idx)
+        top, idx = score.topk(self.kept)
+        return Gate(idx, top.shape[-1] * top.softmax(-1), z.gather(-1, idx))
 
     def active(self):
         D, O = self.base.in_features, self.base.out_features
-        return self.ranks * D + min(self.top_k, self.ranks) * O
+        return self.ranks * D + self.kept * O
 
 
 # %% exercise 2
@@ -542,8 +538,8 @@ class ReadyGate(Adapter):
 
     def gate(self, x):
         z = self.project(x, "A")
-        top, idx = (z + self.rows("b")).topk(min(self.top_k, self.ranks))
-        return idx, top.softmax(-1), z.gather(-1, idx)
+        top, idx = (z + self.rows("b")).topk(self.kept)
+        return Gate(idx, top.softmax(-1), z.gather(-1, idx))
 
 
 # %% exercise 3

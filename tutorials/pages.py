@@ -65,7 +65,9 @@ def with_tables(text: str) -> str:
         text,
         flags=re.M | re.S,
     )
-    return re.sub(r"^\| final accuracy \|.*?\n\n", lambda _: accuracies() + "\n\n", text, flags=re.M | re.S)
+    return re.sub(
+        r"^\| final accuracy \|.*?\n\n", lambda _: accuracies() + "\n\n", text, flags=re.M | re.S
+    )
 
 
 def accuracies() -> str:

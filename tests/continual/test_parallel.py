@@ -11,9 +11,12 @@ import torch
 
 from minimoe.roster import ROSTER
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo"
+    ),
+]
 
 
 def torchrun(*args, cwd):

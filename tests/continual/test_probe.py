@@ -12,23 +12,23 @@ from minimoe.adapt import adapt, adapters, grow
 from minimoe.continual.probe import PROBLEMS, Recorder, alike, dense_gate
 
 
-class Told(Adapter):
-    """A gate that is told its weights."""
+class Fixed(Adapter):
+    """A gate of given weights."""
 
-    told = (1.0,)
+    weights = (1.0,)
 
     def gate(self, x):
         z = self.project(x, "A")
-        return None, torch.tensor(self.context).expand(z.shape), z
+        return None, torch.tensor(self.weights).expand(z.shape), z
 
     def active(self):
         return 0
 
 
-def context():
+def fixed():
     base = nn.Linear(2, 2, bias=False)
     base.weight.data = torch.eye(2)
-    layer = Told(base, rank=1)
+    layer = Fixed(base, rank=1)
     layer.A.data, layer.B.data = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)
     return layer
 
@@ -36,11 +36,11 @@ def context():
 def second_task(layer):
     layer.grow()
     layer.A.data, layer.B.data = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
-    layer.context = (0.25, 0.75)
+    layer.weights = (0.25, 0.75)
 
 
 def test_a_recorder_by_hand():
-    layer = context()
+    layer = fixed()
     recorder = Recorder([torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])])
     recorder.record(layer)
     recorder.record(layer)
@@ -156,7 +156,7 @@ def test_inputs_for_which_no_rank_speaks_are_silent_and_left_out():
 
 def test_a_recorder_goes_on_from_its_state():
     def record(stop):
-        layer = context()
+        layer = fixed()
         recorder = Recorder([torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])])
         for i in range(3):
             if i == 2:
@@ -174,7 +174,7 @@ def test_a_recorder_goes_on_from_its_state():
 
 
 def test_what_was_skipped_is_not_known():
-    layer = context()
+    layer = fixed()
     recorder = Recorder([torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])])
     recorder.skip(layer)
     recorder.skip(layer)

@@ -119,6 +119,7 @@ def without_seconds(found):
 
 
 @pytest.mark.filterwarnings("ignore")  # of dask's and its servers'
+@pytest.mark.slow
 def test_on_a_local_dask_cluster_the_numbers_are_the_same(tmp_path):
     distributed = pytest.importorskip("distributed")
     here = run(tiny_cells(), carried, tmp_path / "here")
@@ -131,6 +132,7 @@ def test_on_a_local_dask_cluster_the_numbers_are_the_same(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+@pytest.mark.slow
 def test_a_killed_study_repeats_no_finished_cell(tmp_path):
     words = "-m minimoe study grain --quick --seeds 0 1 --jobs 2 --out"
     start = [sys.executable, "-W", "error", *words.split()]

@@ -8,12 +8,12 @@ class Loudest(Adapter):
 
     def gate(self, x):
         z = self.project(x, "A")  # (..., R)
-        top, idx = z.abs().topk(min(self.top_k, self.ranks))  # (..., k)
-        return idx, top.softmax(-1), z.gather(-1, idx)
+        top, idx = z.abs().topk(self.kept)  # (..., k)
+        return Gate(idx, top.softmax(-1), z.gather(-1, idx))
 
     def active(self):
         D, O = self.base.in_features, self.base.out_features
-        return self.ranks * D + min(self.top_k, self.ranks) * O
+        return self.ranks * D + self.kept * O
 
 
 # %% exercise 2
@@ -27,4 +27,4 @@ class Ready(ReadyGate):
     def active(self):
         # every key and every b could change who is kept; of values, only the kept ones are read
         D, O = self.base.in_features, self.base.out_features
-        return self.ranks * (D + 1) + min(self.top_k, self.ranks) * O
+        return self.ranks * (D + 1) + self.kept * O
