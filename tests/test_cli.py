@@ -297,7 +297,7 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
                 (16, "random"), (128, "random"), (128, "pool"), (128, "recorded")
             }  # fmt: skip
     named = {part: {r["name"] for r in found["rows"] if r["part"] == part} for part, *_ in places}
-    assert named["up-projection"] == {"dense", "gather", "compact", "auto"}
+    assert named["up-projection"] == {"dense", "plain", "gather", "compact", "auto"}
     assert named["layer"] == {"limit", "dense-masked", "mora", "mora detached"}
     assert {"linear", "lora_moe"} < named["beside"]
     assert named["weight gradient"] == {"R 16", "R 128"}

@@ -102,15 +102,15 @@ library = Path(sysconfig.get_paths()["stdlib"])
 
 def docstrings(module):
     """All docstrings of a module, or of all files of a package, each once."""
-    found = {}
+    texts = {}
     for path in (library / f"{module}.py", *sorted((library / module).rglob("*.py"))):
         if path.exists() and not {"test", "tests"} & set(path.parts):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(
                     node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
                 ):
-                    found[ast.get_docstring(node) or ""] = None
-    return list(found)
+                    texts[ast.get_docstring(node) or ""] = None
+    return list(texts)
 
 
 def passages(module, most=3):
@@ -203,9 +203,9 @@ def lower(ids):
     return through(base.encoder.layer[:BELOW], base.embeddings(ids))
 
 
-T = len(TASKS)
+J = len(TASKS)
 x_train, x_test, y_train, y_test = [], [], [], []
-for t in range(T):
+for t in range(J):
     mine = range(4 * t, 4 * t + 4)
     x_train.append(torch.cat([lower(ids_train[c]) for c in mine]))
     x_test.append(torch.cat([lower(ids_test[c]) for c in mine]))
@@ -290,7 +290,7 @@ for name, (scheme, settings) in SCHEMES.items():
     torch.manual_seed(1)  # the same keys and the same batches for all that can share them
     model = adapt(copy.deepcopy(base), scheme, TARGETS, **settings)
     rows = [accuracies(model)]
-    for t in range(T):
+    for t in range(J):
         if t > 0 and scheme is not LoRA:
             grow(model)
         fit(model, x_train[t], y_train[t])
@@ -316,10 +316,10 @@ plt.show()
 learned = {name: np.diag(matrix[1:]).mean() for name, matrix in matrices.items()}
 print(f"{'':14} learned    end  forgetting  Transfer  trained  stored  active")
 for name, matrix in matrices.items():
-    found, sizes = summary(matrix), count(models[name])
+    measures, sizes = summary(matrix), count(models[name])
     print(
-        f"{name:14} {learned[name]:7.2f} {found['acc']:6.2f} {found['forgetting']:11.2f} "
-        f"{found['transfer']:9.2f}  " + " ".join(f"{size:7,}" for size in sizes.values())
+        f"{name:14} {learned[name]:7.2f} {measures['acc']:6.2f} {measures['forgetting']:11.2f} "
+        f"{measures['transfer']:9.2f}  " + " ".join(f"{size:7,}" for size in sizes.values())
     )
 
 forgot = {name: forgetting(matrix) for name, matrix in matrices.items()}
@@ -395,9 +395,9 @@ with tempfile.TemporaryDirectory() as here:
 assert torch.equal(states(again.eval(), some), states(models["MoRA, scale 4"], some))
 stored = count(again)["stored"]
 print(
-    f"after {T} tasks: {size / 1e3:,.0f} kB, {stored:,} numbers; model: {model_size / 1e6:,.0f} MB"
+    f"after {J} tasks: {size / 1e3:,.0f} kB, {stored:,} numbers; model: {model_size / 1e6:,.0f} MB"
 )
-assert stored == T * count(again)["trainable"]
+assert stored == J * count(again)["trainable"]
 assert size < 0.01 * model_size
 
 old = dict(base.named_parameters())
@@ -429,9 +429,9 @@ clip = transformers.CLIPModel(
 ).to(device)
 tokens = torch.randint(62, (2, 8), device=device)
 images = torch.randn(2, 3, 32, 32, device=device)
-told_llama = {"input_ids": tokens, "labels": tokens}
-told_clip = {"input_ids": tokens, "pixel_values": images, "return_loss": True}
-before = llama.eval()(**told_llama).logits, clip.eval()(**told_clip).logits_per_image
+llama_inputs = {"input_ids": tokens, "labels": tokens}
+clip_inputs = {"input_ids": tokens, "pixel_values": images, "return_loss": True}
+before = llama.eval()(**llama_inputs).logits, clip.eval()(**clip_inputs).logits_per_image
 
 q_k_v_o = r"(q|k|v|o|out)_proj"
 adapt(
@@ -442,9 +442,9 @@ adapt(
     clip, MoRA, rf"(text|vision)_model\.encoder\.layers\.\d+\.(self_attn\.{q_k_v_o}|mlp\.fc[12])",
     rank=16, top_k=16, tau=0.01, delta=0.2,
 )  # fmt: skip
-after = llama(**told_llama).logits, clip(**told_clip).logits_per_image
-for name, model, told, was, now in zip(
-    ("llama", "clip"), (llama, clip), (told_llama, told_clip), before, after, strict=True
+after = llama(**llama_inputs).logits, clip(**clip_inputs).logits_per_image
+for name, model, inputs, was, now in zip(
+    ("llama", "clip"), (llama, clip), (llama_inputs, clip_inputs), before, after, strict=True
 ):
     assert torch.equal(was, now)  # zero at birth
     optimiser = torch.optim.AdamW(parameters(model), lr=5e-4, weight_decay=0.0)
@@ -453,7 +453,7 @@ for name, model, told, was, now in zip(
         if step == 10:  # the next task: fresh ranks, and a fresh optimiser for them
             grow(model)
             optimiser = torch.optim.AdamW(parameters(model), lr=5e-4, weight_decay=0.0)
-        loss = model.train()(**told).loss
+        loss = model.train()(**inputs).loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -484,7 +484,7 @@ with exercise("1"):
     matched = {name for name in linears if re.fullmatch(MLP, name)}
     blocks = {int(name.split(".")[2]) for name in matched if name.startswith("encoder")}
     assert "pooler.dense" not in matched, "the pooler is matched"
-    assert not (odd := sorted(n for n in matched if "attention" in n)), f"{odd[0]} is matched"
+    assert not (other := sorted(n for n in matched if "attention" in n)), f"{other[0]} is matched"
     assert blocks == {1, 3, 5}, f"it matches in the blocks {sorted(blocks)}"
     assert len(matched) == 6, f"it matches {len(matched)} layers, allowed: 6"
     model = adapt(copy.deepcopy(base), LoRA, MLP, rank=4)
@@ -512,7 +512,7 @@ with exercise("2"):
     assert len(given) == 3, f"three new points, {len(given)} answers"
     assert given[0] == 7 and given[2] == 3, f"(1, 1) and (9, 4) are said to be {given[::2]}"
     assert given[1] == 7, "(4, 1) is nearer to the mean (0, 2), whatever single point is near it"
-    order = torch.randperm(T * 4 * TRAIN, device=device)
+    order = torch.randperm(J * 4 * TRAIN, device=device)
     mixed, those = torch.cat(frozen_train)[order], torch.cat(y_train)[order]
     mine = torch.as_tensor(nearest_mean(mixed, those, torch.cat(frozen_test))).to(device)
     accuracy = (mine == torch.cat(y_test)).double().mean().item()

@@ -74,15 +74,15 @@ def files(package, folder, pattern):
     return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
 
 
-def first(*found, least=200_000):
+def first(*texts, least=200_000):
     """The first of some (name, text) that is long enough."""
-    return next((name, text) for name, text in found if len(text) >= least)
+    return next((name, text) for name, text in texts if len(text) >= least)
 
 
 prose, code = english_and_code(sorted(library.glob("[a-m]*.py")))
 headers, table = r"/\*.*?\*/|//[^\n]*", r"#[^\n]*"  # comments
 TEXTS = {"English": "\n\n".join([*topics.values(), *prose]), "Python": "\n\n".join(code)}
-for comments, found in {
+for comments, texts in {
     headers: [
         ("C++", files("torch", "include/ATen/core", "*.h")),
         ("C", files("numpy", "_core/include", "*.h") or files("numpy", "core/include", "*.h")),
@@ -92,7 +92,7 @@ for comments, found in {
         ("fonts", files("matplotlib", "mpl-data/fonts/afm", "*.afm")),
     ],
 }.items():
-    name, text = first(*found)
+    name, text = first(*texts)
     TEXTS[name] = re.sub(comments, "", text, flags=re.S)
 
 TASKS = [name for name in TEXTS if name != "English"]
@@ -214,7 +214,7 @@ assert min(before[name] for name in TASKS) > before["English"] + 0.1
 
 # %%
 TARGETS = r"blocks\.\d\.(qkv|fc)"
-T = len(TASKS)
+J = len(TASKS)
 SCHEMES = {
     "LoRA": (LoRA, {"rank": 8}),
     "LoRA-MoE": (LoRAMoE, {"rank": 8, "top_k": 2}),
@@ -223,18 +223,18 @@ SCHEMES = {
 }
 
 
-def telling(model, label, pieces):
-    """Inside, every piece is said to be of that task. Only ToldLoRA listens."""
+def with_label(model, label, pieces):
+    """Inside, every piece has that task's label. Only ToldLoRA reads it."""
     return context(model, label=torch.full((pieces,), label, device=device))
 
 
 def row(model, learned):
     """Bits per character of every text. A text that was not learned has a label without ranks."""
-    found = []
+    values = []
     for j, name in enumerate(NAMES):
-        with telling(model, j if j < learned else max(learned, 1), len(test[name])):
-            found.append(bits(model, name))
-    return found
+        with with_label(model, j if j < learned else max(learned, 1), len(test[name])):
+            values.append(bits(model, name))
+    return values
 
 
 matrices, models, recorders = {}, {}, {}
@@ -248,7 +248,7 @@ for name, (scheme, settings) in SCHEMES.items():
     for t, text in enumerate(TASKS):
         if t > 0 and scheme is not LoRA:
             grow(model)
-        with telling(model, t, BATCH):
+        with with_label(model, t, BATCH):
             fit(model, parameters(model), train[text], steps=40, lr=5e-3)
         rows.append(row(model, t + 1))
         if name != "told":
@@ -270,31 +270,31 @@ for axes, (name, matrix) in zip(grid, matrices.items(), strict=True):
         colour = "white" if b > 3.5 else "black"
         axes.text(j, i, f"{b:.2f}", ha="center", va="center", size=8, color=colour)
     axes.set_title(name, fontsize=10)
-    axes.set_xticks(range(T + 1), NAMES, fontsize=7)
-grid[0].set_yticks(range(T + 1), ["none", *TASKS], fontsize=8)
+    axes.set_xticks(range(J + 1), NAMES, fontsize=7)
+grid[0].set_yticks(range(J + 1), ["none", *TASKS], fontsize=8)
 grid[0].set_ylabel("after learning")
 figure.colorbar(shade, ax=list(grid), label="bits per character")
 figure.suptitle("Each text is learned, and lost when the next one comes, unless one is told")
 plt.show()
 
 for matrix in matrices.values():
-    for t in range(T):
+    for t in range(J):
         assert matrix[t + 1, t] < matrix[t, t] - 0.2  # learning a text helps with it
 for name in ("LoRA", "LoRA-MoE", "MoRA"):
-    assert matrices[name][T, 0] > matrices[name][1, 0] + 0.15  # the first text is forgotten
-    assert matrices[name][T, T] > before["English"] + 0.15  # and English moves
-assert matrices["LoRA"][T, 0] > matrices["LoRA"][1, 0] + 0.25
+    assert matrices[name][J, 0] > matrices[name][1, 0] + 0.15  # the first text is forgotten
+    assert matrices[name][J, J] > before["English"] + 0.15  # and English moves
+assert matrices["LoRA"][J, 0] > matrices["LoRA"][1, 0] + 0.25
 own = matrices["told"]
-assert np.allclose(own[T, :T], np.diag(own[1:]), atol=1e-3)  # told: nothing moves, but rounding
-assert (own[:, T] == before["English"]).all()
+assert np.allclose(own[J, :J], np.diag(own[1:]), atol=1e-3)  # told: nothing moves, but rounding
+assert (own[:, J] == before["English"]).all()
 
 # %%
 print("                 learned    end  forgotten  English moved  trained  stored  active")
 learned, end, moved = {}, {}, {}
 for name, matrix in matrices.items():
-    learned[name], end[name] = np.diag(matrix[1:]).mean(), matrix[T, :T].mean()
-    moved[name] = matrix[T, T] - matrix[0, T]
-    lost = np.mean([matrix[T, t] - matrix[t + 1, t] for t in range(T - 1)]).round(3) + 0.0
+    learned[name], end[name] = np.diag(matrix[1:]).mean(), matrix[J, :J].mean()
+    moved[name] = matrix[J, J] - matrix[0, J]
+    lost = np.mean([matrix[J, t] - matrix[t + 1, t] for t in range(J - 1)]).round(3) + 0.0
     sizes = " ".join(f"{size:7,}" for size in count(models[name]).values())
     print(
         f"{name:16} {learned[name]:7.2f} {end[name]:6.2f} {lost:10.2f} {moved[name]:14.2f}  {sizes}"
@@ -305,10 +305,10 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrain
 for i, (name, matrix) in enumerate(matrices.items()):
     style = {"color": COLOURS[i], "marker": MARKERS[i], "label": name}
     style |= {"ls": "--"} if name == "told" else {}
-    left.plot(range(T + 1), matrix[:, 0], **style)
-    right.plot(range(T + 1), matrix[:, T], **style)
+    left.plot(range(J + 1), matrix[:, 0], **style)
+    right.plot(range(J + 1), matrix[:, J], **style)
 for axes, name in ((left, TASKS[0]), (right, "English")):
-    axes.set_xticks(range(T + 1), ["none", *TASKS])
+    axes.set_xticks(range(J + 1), ["none", *TASKS])
     axes.set(xlabel="after learning", ylabel=f"bits per character of {name}")
     axes.grid(alpha=0.3)
 left.set_title(f"{TASKS[0]} is learned, then overwritten")
@@ -333,17 +333,17 @@ assert max(end[name] for name in ("LoRA", "LoRA-MoE", "MoRA")) - end["told"] > 0
 # %%
 figure, grid = plt.subplots(1, 2, figsize=(8, 3), layout="constrained", sharey=True)
 for axes, name in zip(grid, ("LoRA-MoE", "MoRA"), strict=True):
-    mass = recorders[name].found["mass"][T + 1, :, :T].numpy()  # (texts, tasks)
+    mass = recorders[name].records["mass"][J + 1, :, :J].numpy()  # (texts, tasks)
     shade = axes.imshow(mass, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for (j, t), share in np.ndenumerate(mass):
         axes.text(t, j, f"{share:.2f}", ha="center", va="center", color="white")
-    axes.set_xticks(range(T), TASKS)
+    axes.set_xticks(range(J), TASKS)
     axes.set(xlabel="ranks of", title=name)
     assert np.allclose(mass.sum(1), 1)
-    own, others = np.diag(mass[:T]), [np.delete(mass[:, t], t).mean() for t in range(T)]
+    own, others = np.diag(mass[:J]), [np.delete(mass[:, t], t).mean() for t in range(J)]
     print(f"{name:9} own text's share above the other texts': {np.round(own - others, 2)}")
     assert (np.abs(own - others) < 0.25).all()
-grid[0].set_yticks(range(T + 1), NAMES)
+grid[0].set_yticks(range(J + 1), NAMES)
 grid[0].set_ylabel("reading")
 figure.colorbar(shade, ax=list(grid), label="share of gate weight")
 figure.suptitle("Whatever is read, the weight falls much the same way")
@@ -360,11 +360,11 @@ plt.show()
 @torch.no_grad()
 def gates(model, layer, ids):
     """What share of the layer's weight each rank has, for every character of ids: (B, T, R)."""
-    adapter, heard = dict(adapters(model))[layer], []
-    hook = adapter.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    adapter, inputs = dict(adapters(model))[layer], []
+    hook = adapter.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
     model.eval()(ids)
     hook.remove()
-    g = dense_gate(adapter, heard[0])
+    g = dense_gate(adapter, inputs[0])
     return g / g.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
@@ -401,10 +401,10 @@ KINDS["other"] = "".join(c for c in ALPHABET if c not in "".join(KINDS.values())
 kind_of = torch.tensor([[c in kind for kind in KINDS.values()] for c in ALPHABET]).int().argmax(1)
 every = torch.cat([probes[name] for name in NAMES])  # (4 · 16, 64)
 kinds = kind_of.to(device)[every].flatten()
-texts = torch.arange(T + 1, device=device).repeat_interleave(every.numel() // (T + 1))
+texts = torch.arange(J + 1, device=device).repeat_interleave(every.numel() // (J + 1))
 
 
-def spread(g, groups):
+def apart(g, groups):
     """Half the L1 distance of a group's mean gate to the overall one, a mean over characters."""
     far = 0.0
     for k in groups.unique():
@@ -417,8 +417,8 @@ def spread(g, groups):
 by_kind, by_text = [], []
 for layer in LAYERS:
     g = gates(mora, layer, every).flatten(0, 1)  # (characters, R)
-    by_kind.append(spread(g, kinds))
-    by_text.append(spread(g, texts))
+    by_kind.append(apart(g, kinds))
+    by_text.append(apart(g, texts))
     print(f"{layer:14} differs by kind of character {by_kind[-1]:.2f}, by text {by_text[-1]:.2f}")
 assert np.mean(by_kind) > 1.5 * np.mean(by_text)
 assert by_kind[0] > 2 * by_text[0]
@@ -451,8 +451,8 @@ figure, axes = plt.subplots(figsize=(9, 2.0), layout="constrained")
 owners = []
 for name in NAMES:
     g = gates(mora, LAYERS[-1], probes[name][3:4])[0, :SHOWN]
-    owners.append(g.view(SHOWN, T, 8).sum(-1).argmax(-1).cpu().numpy())
-rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in COLOURS[:T]])
+    owners.append(g.view(SHOWN, J, 8).sum(-1).argmax(-1).cpu().numpy())
+rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in COLOURS[:J]])
 axes.imshow(0.45 + 0.55 * rgb[np.array(owners)], aspect="auto")
 for j, name in enumerate(NAMES):
     for i, c in enumerate(probes[name][3, :SHOWN].tolist()):
@@ -460,12 +460,12 @@ for j, name in enumerate(NAMES):
         axes.text(
             i, j, mark, ha="center", va="center", family="monospace", size=8, parse_math=False
         )
-axes.set_yticks(range(T + 1), NAMES)
+axes.set_yticks(range(J + 1), NAMES)
 axes.set_xticks([])
 axes.set_xlabel("characters in order")
 for t, name in enumerate(TASKS):
     axes.plot([], [], "s", color=0.45 + 0.55 * rgb[t], label=f"ranks of {name}", ms=9)
-figure.legend(loc="outside upper center", ncols=T, frameon=False, fontsize=9)
+figure.legend(loc="outside upper center", ncols=J, frameon=False, fontsize=9)
 plt.show()
 
 # %% [markdown]
@@ -484,8 +484,8 @@ def after_turning(model, **setting):
     for _, layer in adapters(model):
         for name, value in setting.items():
             setattr(layer, name, value)
-    found = row(model, T)
-    return found[T], float(np.mean(found[:T]))
+    values = row(model, J)
+    return values[J], float(np.mean(values[:J]))
 
 
 DELTAS, SCALES = [-1.0, 0.2, 0.4, 0.5, 0.6, 0.7, 1.01], [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
@@ -583,7 +583,7 @@ with exercise("2"):
     cross = np.array([[float(pair_bits(train[a], new[b], V)) for b in NAMES] for a in NAMES])
     for a, line in zip(NAMES, cross, strict=True):
         print(f"pairs of {a:8}", " ".join(f"{b} {x:.2f}" for b, x in zip(NAMES, line, strict=True)))
-    assert (cross.argmin(0) == np.arange(T + 1)).all(), "a text's own pairs should do best"
+    assert (cross.argmin(0) == np.arange(J + 1)).all(), "a text's own pairs should do best"
     np.fill_diagonal(cross, np.inf)
     for b, a in enumerate(cross.argmin(0)):
         print(f"{NAMES[b]} is best told, but for its own pairs, by those of {NAMES[a]}")

@@ -27,7 +27,7 @@ LARGEST = 400_000  # bytes of a notebook
 
 
 def source(name: str, folder: Path = HERE) -> NotebookNode:
-    """The notebook that a source says, without outputs, its cells numbered."""
+    """The notebook of a source, without outputs, its cells numbered."""
     notebook = jupytext.read(folder / f"{name}.py")
     notebook.metadata = nbformat.from_dict(
         {
@@ -45,14 +45,15 @@ def solved(name: str) -> NotebookNode:
     the other."""
     notebook, answers = source(name), exercises(source(name, HERE / "solutions"))
     if exercises(notebook).keys() != answers.keys():
-        odd = min(exercises(notebook).keys() ^ answers.keys())
-        raise ValueError(f"{name}: {odd} is in the notebook or in its solutions, and not in both")
+        alone = min(exercises(notebook).keys() ^ answers.keys())
+        raise ValueError(f"{name}: {alone} is in the notebook or in its solutions, and not in both")
     for title, cell in exercises(notebook).items():
         cell.source = answers[title].source
     return notebook
 
 
 def exercises(notebook: NotebookNode) -> dict[str, NotebookNode]:
+    """Its cells that are exercises, by their titles."""
     cells = {cell.metadata.get("title", ""): cell for cell in notebook.cells}
     return {title: cell for title, cell in cells.items() if title.startswith("exercise")}
 
@@ -95,10 +96,9 @@ def table(times: dict[str, float]) -> str:
 
 
 def main(names: list[str]) -> int:
-    if odd := [name for name in names if name not in NAMES]:
-        print(
-            f"build: error: no notebook {odd[0]!r}; there are: {', '.join(NAMES)}", file=sys.stderr
-        )
+    if unknown := [name for name in names if name not in NAMES]:
+        there = ", ".join(NAMES)
+        print(f"build: error: no notebook {unknown[0]!r}; there are: {there}", file=sys.stderr)
         return 2
     path = HERE / "times.json"
     times = json.loads(path.read_text()) if path.exists() else {}

@@ -60,7 +60,7 @@ def pairs():
             yield pytest.param(name, law, marks=[] if quick else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("name", "law"), pairs())
+@pytest.mark.parametrize(("name", "law"), list(pairs()))
 def test_what_ships_keeps_every_law_that_it_claims(name, law):
     scheme, settings = EVERY[name]
     row = hold(NAMES[law], scheme, **settings)
