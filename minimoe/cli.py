@@ -135,17 +135,13 @@ def fail(message: str, status: int) -> int:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    print(roster_list())
+    print("schemes and baselines (--schemes)")
+    for name, entry in ROSTER.items():
+        print(f"  {name:16}{entry.kind}: {entry.summary}")
     print("streams (--stream)")
     for name in streams.STREAMS:
         print(f"  {name:16}{streams.shows(name)}")
     return 0
-
-
-def roster_list() -> str:
-    """All schemes, baselines and bounds, a line each."""
-    lines = [f"  {name:16}{entry.kind}: {entry.summary}" for name, entry in ROSTER.items()]
-    return "\n".join(["schemes and baselines (--schemes)", *lines])
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -66,7 +66,8 @@ assert row.verdict == "held"
 # %% [markdown]
 # ## What a scheme states
 #
-# `Adapter` has the rest: it holds the frozen layer, freezes and adds rows, and computes
+# `Adapter` (`minimoe/adapter.py`) has the rest: it holds the frozen layer, freezes and adds rows,
+# and computes
 # $y = x W_0^T + \mathrm{scale} \cdot (g \odot z) B$. A scheme states
 #
 # | name | what it is | if not stated |

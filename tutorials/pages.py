@@ -1,7 +1,7 @@
 """Write the pages anew: python tutorials/pages.py
 
 Of the stored results (results/*.json, findings/*.json) and the roster: results/*.md,
-findings/findings.md, and in ../README.md the list of all schemes and the table of accuracies. The
+findings/findings.md, and in ../README.md the tables of names and of accuracies. The
 commands write such pages beside their results; this one writes those that are stored here, after a
 scheme or a result was added. The tests hold the stored pages to it.
 """
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from minimoe.bench import page as bench_page
-from minimoe.cli import roster_list
 from minimoe.roster import ROSTER
 from minimoe.studies import STUDIES
 from minimoe.tools.files import write_atomic
@@ -58,16 +57,22 @@ def pages() -> dict[Path, str]:
 
 
 def with_tables(text: str) -> str:
-    """README with its list of schemes and its table of accuracies as they should be."""
-    text = re.sub(
-        r"^```text\nschemes and baselines.*?^```",
-        lambda _: f"```text\n{roster_list()}\n```",
-        text,
-        flags=re.M | re.S,
-    )
-    return re.sub(
-        r"^\| final accuracy \|.*?\n\n", lambda _: accuracies() + "\n\n", text, flags=re.M | re.S
-    )
+    """README with its two tables as they should be."""
+    for head, table in (("kind", kinds()), ("final accuracy", accuracies())):
+        text, n = re.subn(
+            rf"^\| {head} \|.*?\n\n", lambda _, t=table: f"{t}\n\n", text, flags=re.M | re.S
+        )
+        assert n == 1, head
+    return text
+
+
+def kinds() -> str:
+    """The roster by kinds."""
+    names = {kind: [] for kind in dict.fromkeys(entry.kind for entry in ROSTER.values())}
+    for name, entry in ROSTER.items():
+        names[entry.kind].append(name)
+    rows = [f"| {kind} | {', '.join(own)} |" for kind, own in names.items()]
+    return "\n".join(["| kind | names |", "|---|---|", *rows])
 
 
 def accuracies() -> str:

@@ -111,7 +111,7 @@ def plant_lora_moe(layer: LoRAMoE, tasks: Data) -> LoRAMoE:
 
 
 def plant_mora(layer: MoRA, tasks: Data) -> MoRA:
-    """Set all its weights: the keys that fire at once as described above, the others 0; and values by
+    """Set all its weights: keys that fire at once as described above, the others 0; and values by
     least squares over all tasks, as the update is linear in them."""
     A, r = [], layer.rank
     fire = min(r, layer.top_k)
