@@ -50,6 +50,7 @@ def expected(layer, x, rows, given):
 
 
 AUX = {"P", "Q"}
+AUX_ONLY = {"P", "Q"}  # a descriptor does not shape the output
 
 
 def expected_aux(layer, x, rows, given):
