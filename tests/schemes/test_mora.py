@@ -11,6 +11,7 @@ from torch import nn
 from minimoe import LoRA, MoRA
 
 SETTINGS = {"scale": 0.7, "top_k": 3, "tau": 0.3, "delta": 0.25}
+UNCLAIMED = {"merge_is_equal"}  # laws
 
 
 def mora(x, W0, b, A, B, scale, top_k, tau, delta=None):
