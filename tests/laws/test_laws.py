@@ -238,6 +238,7 @@ def test_files_are_loaded_apart_from_each_other(tmp_path):
         assert hold(NAMES["round_trips"], scheme).verdict == "held"
 
 
+@pytest.mark.slow
 def test_the_table_shows_every_scheme_and_all_evidence():
     results = {"lora": check(LoRA), "wrong": rows("unused_parameter")[1]}
     shown = table(results)
