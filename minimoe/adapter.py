@@ -191,7 +191,7 @@ class Adapter(nn.Module):
     # Context: what a gate needs beyond x (adapt.context gives it)
 
     def needs(self) -> dict[str, range | int]:
-        """The context that the gate needs of each sample, in the layer's mode: by name, the range of
+        """The context that the gate needs of each sample, in this mode: by name, the range of
         an index, or the width of a vector. By default nothing."""
         return {}
 

@@ -80,6 +80,7 @@ def test_compare_prints_a_table_and_writes_json_and_picture(small):
     assert "task" in done.stderr  # the progress bar
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_a_new_folder_and_resume_the_latest(small):
     folder, _ = small
     args = ["compare", "--schemes", "zero_shot", *SMALL]
@@ -89,6 +90,7 @@ def test_a_second_run_takes_a_new_folder_and_resume_the_latest(small):
     assert not (folder / "minimoe-compare-3").exists()
 
 
+@pytest.mark.slow
 def test_resume_adds_seeds_to_a_finished_run(small, tmp_path):
     args = ["compare", "--schemes", "lora", "mora", *SMALL, "--out", tmp_path / "run"]
     assert minimoe(*args, cwd=tmp_path).returncode == 0
@@ -379,6 +381,7 @@ def test_a_file_that_holds_no_working_scheme_gets_one_line(name, text, message, 
     assert [p.name for p in tmp_path.iterdir()] == ["odd.py"]
 
 
+@pytest.mark.slow
 def test_a_new_scheme_is_a_short_file_that_keeps_the_laws(tmp_path):
     done = minimoe("new-scheme", "my_gate", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

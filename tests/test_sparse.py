@@ -12,6 +12,8 @@ no_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton is not installed (Linux only)"
 )
 PATHS = ["plain", "dense", "gather", "compact", pytest.param("triton", marks=no_triton)]
+# the kernels' interpreter takes its time
+LONG = [*PATHS[:-1], pytest.param("triton", marks=[no_triton, pytest.mark.slow])]
 HALF = [torch.float16, torch.bfloat16]
 
 
@@ -63,7 +65,7 @@ def test_output_and_gradients_equal_a_loops(product, path, repeat, size):
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", LONG)
 def test_first_and_second_derivatives(path):
     v, idx, frozen, live = draw(2, 3, 2, 2, 2, repeat=True)
     x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
@@ -72,7 +74,7 @@ def test_first_and_second_derivatives(path):
         assert check(lambda x, A: rank_scores(x, idx, frozen, A, path), (x, live))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", LONG)
 def test_the_same_bits_twice(path):
     v, idx, frozen, live = draw(120, 8, 50, 8, 33, torch.float32)
     twice = []
@@ -136,7 +138,7 @@ def test_no_tokens(path):
     assert x.grad.shape == (0, 7)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", LONG)
 def test_one_rank_for_every_token_and_slots_that_say_nothing(path):
     v, _, frozen, live = draw(90, 2, 3, 2, 5)
     idx = torch.full((90, 2), 4)  # 180 pairs fall to one live rank: more than one chunk

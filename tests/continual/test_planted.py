@@ -116,6 +116,7 @@ def test_a_score_is_the_share_explained():
     assert score(y, y) == 1 and score(0 * y, y) == 0 and score(-y, y) == -3
 
 
+@pytest.mark.slow
 def test_compare_prints_the_reachable_beside_the_learned(tmp_path, capsys):
     out = tmp_path / "run"
     asked = f"compare --stream planted --tasks 2 --epochs 3 --seeds 0 1 --out {out}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import file_of
 from torch import nn
 
 from minimoe import Adapter, Claims, LoRA, LoRAMoE, MoRA
@@ -23,23 +24,11 @@ BROKEN = Path(__file__).parents[1] / "broken"
 WRONG = sorted(path.stem for path in BROKEN.glob("*.py"))
 QUICK = {"equation", "grow_keeps", "only_live_learns", "eval_is_still", "zero_is_finite"}
 # what does not claim a law, and so is not held to it
-UNCLAIMED = {
-    "lora": {"support", "simplex"},
-    "lora_moe": {"merge_is_equal"},
-    "lora_moe, 2 a task": {"merge_is_equal"},
-    "mora": {"merge_is_equal"},
-    "mora detached": {"merge_is_equal", "exact_gradient"},
-    "smora": {"merge_is_equal"},
-    "flylora": {"simplex", "merge_is_equal"},
-    "flylora signed": {"simplex", "merge_is_equal"},
-    "mor1e": {"support", "simplex", "degenerates_to_lora", "merge_is_equal"},
-    "lora_moe_plugin": {"support", "merge_is_equal"},
-    "mosld": {"merge_is_equal"},
-    "mocle": {"equation", "support", "simplex", "degenerates_to_lora", "merge_is_equal"},
-    "meteora": {"merge_is_equal"},
-    "sema": {"support", "merge_is_equal"},
-    "olora": {"support", "simplex"},
-    "ewc": {"support", "simplex"},
+UNCLAIMED = {name: getattr(file_of(name), "UNCLAIMED", set()) for name in SCHEMES}
+UNCLAIMED |= {
+    "lora_moe, 2 a task": UNCLAIMED["lora_moe"],
+    "mora detached": UNCLAIMED["mora"] | {"exact_gradient"},
+    "flylora signed": UNCLAIMED["flylora"],
     "told": {"support", "simplex", "degenerates_to_lora", "merge_is_equal"},
     "template": {"support", "simplex", "merge_is_equal"},
 }
@@ -267,6 +256,7 @@ def test_files_are_loaded_apart_from_each_other(tmp_path):
         assert hold(NAMES["round_trips"], scheme).verdict == "held"
 
 
+@pytest.mark.slow
 def test_the_table_shows_every_scheme_and_all_evidence():
     results = {"lora": check(LoRA), "wrong": rows("unused_parameter")[1]}
     shown = table(results)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from minimoe.adapt import adapt, adapters, grow
+from minimoe.adapt import adapt, adapters, aux_loss, context, grow
 from minimoe.roster import SCHEMES
 
 PATHS = ["plain", "dense", "gather", "compact"]
@@ -105,6 +105,23 @@ def situation(case, size):
     each = {key: value.repeat_interleave(2, 0).tolist() for key, value in given.items()}
     points = x.detach().reshape(-1, D).numpy().copy()
     return layer, x, given, points, each | {"sample": [t // 2 for t in range(2 * samples)]}
+
+
+def compiled_equals_eager(layer):
+    """Output, loss and every gradient, from one graph."""
+    x, given = torch.randn(3, 4, 7, requires_grad=True), context_of(layer, 3)
+    dy = torch.randn(3, 4, 5)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    both = []
+    for module in (layer, compiled):
+        with context(layer, **given):
+            y, aux = module(x), aux_loss(layer)
+        grads = torch.autograd.grad((y * dy).sum() + aux, leaves)
+        both.append((y, torch.as_tensor(aux), *grads))
+    for eager, graph in zip(*both, strict=True):
+        assert torch.allclose(eager, graph, atol=1e-6)
 
 
 def lora_of(layer, A, B):

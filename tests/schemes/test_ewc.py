@@ -15,6 +15,7 @@ from minimoe.adapt import adapt
 from minimoe.schemes.ewc import EWC, fisher_information
 
 SETTINGS = {"scale": 0.7, "importance": 3.0}
+UNCLAIMED = {"support", "simplex"}  # laws
 
 
 def elastic(theta, tasks):

@@ -15,6 +15,7 @@ from minimoe.schemes.flylora import FlyLoRA
 
 SETTINGS = {"scale": 0.7, "top_k": 3}
 VARIANTS = {"signed": {"signed": True}}
+UNCLAIMED = {"simplex", "merge_is_equal"}  # laws
 
 
 def flylora(x, W0, b, A, B, bias, scale, top_k, signed):

@@ -9,6 +9,7 @@ from torch import nn
 from minimoe import LoRA
 
 SETTINGS = {"scale": 0.7}
+UNCLAIMED = {"support", "simplex"}  # laws
 
 
 def lora(x, W0, b, A, B, scale):

@@ -13,6 +13,7 @@ from minimoe.adapt import context
 from minimoe.schemes.lora_moe_plugin import LoRAMoEPlugin, localized_balance
 
 SETTINGS = {"scale": 0.7, "balance": 0.4, "delta": 0.3}
+UNCLAIMED = {"support", "merge_is_equal"}  # laws
 
 
 def lora_moe_plugin(x, W0, b, A, B, W, scale):

@@ -13,6 +13,7 @@ from minimoe.adapt import context
 from minimoe.schemes.meteora import MeteoRA, label_loss
 
 SETTINGS = {"scale": 0.7, "top_k": 2, "tau": 0.6, "supervision": 0.5}
+UNCLAIMED = {"merge_is_equal"}  # laws
 
 
 def meteora(x, W0, b, A, B, W, scale, top_k, tau):

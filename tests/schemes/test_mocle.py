@@ -13,6 +13,8 @@ from minimoe.continual.probe import dense_gate
 from minimoe.schemes.mocle import MoCLE
 
 SETTINGS = {"scale": 0.7, "clusters": 2, "tau": 0.6, "embedding": 3}
+TASK_AGNOSTIC = {"UA", "UB"}
+UNCLAIMED = {"equation", "support", "simplex", "degenerates_to_lora", "merge_is_equal"}  # laws
 
 
 def mocle(x, W0, b, A, B, UA, UB, W, C, scale, tau, cluster):

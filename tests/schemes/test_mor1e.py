@@ -13,6 +13,8 @@ from minimoe.continual.probe import dense_gate
 from minimoe.schemes.mor1e import MoR1E
 
 SETTINGS = {"scale": 0.7, "embedding": 3}
+TASK_AGNOSTIC = {"w1", "w2"}
+UNCLAIMED = {"support", "simplex", "degenerates_to_lora", "merge_is_equal"}  # laws
 
 
 def mor1e(x, W0, b, A, B, W, centres, w1, w2, scale, embedding):

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from layers import PATHS, frozen_and_live, grown
+from layers import PATHS, compiled_equals_eager, frozen_and_live, grown
 from oracle import base
 from torch import nn
 
 from minimoe import LoRA, MoRA
 
 SETTINGS = {"scale": 0.7, "top_k": 3, "tau": 0.3, "delta": 0.25}
+UNCLAIMED = {"merge_is_equal"}  # laws
 
 
 def mora(x, W0, b, A, B, scale, top_k, tau, delta=None):
@@ -175,6 +176,14 @@ class TestMoRA:
         with Watch():
             y.sum().backward()
         assert largest < 40 * 90
+
+    # torch's own tracer makes an instance of autograd.Function, and torch's own Function warns
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.parametrize("path", ["plain", "dense", "gather"])
+    def test_a_detached_gate_compiles(self, path):
+        layer = grown("mora", dtype=torch.float32, detach_gate=True)
+        layer.path = path
+        compiled_equals_eager(layer)
 
     def test_growing_moves_old_inputs_before_any_training(self):
         layer = grown(MoRA, top_k=3, tau=0.1)

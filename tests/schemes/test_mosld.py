@@ -12,6 +12,8 @@ from torch import nn
 from minimoe.schemes.mosld import MoSLD
 
 SETTINGS = {"scale": 0.7, "top_k": 2, "dropout": 0.4}
+TASK_AGNOSTIC = {"A"}
+UNCLAIMED = {"merge_is_equal"}  # laws
 
 
 def mosld(x, W0, b, A, B, W, scale, top_k):

@@ -11,6 +11,7 @@ from torch import nn
 from minimoe.schemes.olora import OLoRA
 
 SETTINGS = {"scale": 0.7, "orthogonality": 0.3}
+UNCLAIMED = {"support", "simplex"}  # laws
 
 
 def overlap(old, new):

@@ -13,6 +13,7 @@ from minimoe.continual.probe import dense_gate
 from minimoe.schemes.sema import SEMA
 
 SETTINGS = {"scale": 0.7, "width": 2}
+UNCLAIMED = {"support", "merge_is_equal"}  # laws
 
 
 def sema(x, W0, b, A, B, W, scale, sample):
@@ -50,6 +51,7 @@ def expected(layer, x, rows, given):
 
 
 AUX = {"P", "Q"}
+AUX_ONLY = {"P", "Q"}  # a descriptor does not shape the output
 
 
 def expected_aux(layer, x, rows, given):

@@ -13,6 +13,7 @@ from minimoe.continual.probe import dense_gate
 from minimoe.schemes.smora import SMoRA
 
 SETTINGS = {"scale": 0.7, "top_k": 3}
+UNCLAIMED = {"merge_is_equal"}  # laws
 
 
 def smora(x, W0, b, A, B, W, bias, scale, top_k):

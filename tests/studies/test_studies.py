@@ -268,6 +268,7 @@ def test_an_unknown_study_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_atlas_cell_is_what_compare_has(tmp_path):
     cell = {
         "study": "atlas",
