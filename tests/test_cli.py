@@ -253,6 +253,7 @@ def test_compare_takes_a_scheme_of_ones_own(tmp_path, monkeypatch, capsys):
         one_line(capsys.readouterr().err.splitlines(), message)
 
 
+@pytest.mark.slow
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(small):
     folder, _ = small
     run = folder / "minimoe-compare"
@@ -314,6 +315,7 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
     assert again.returncode == 2 and "holds a run already: another --out" in again.stderr
 
 
+@pytest.mark.slow
 def test_check_prints_all_laws_and_leaves_nothing(tmp_path):
     done = minimoe("check", "mora", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
