@@ -106,7 +106,7 @@ def choose(schemes: Sequence[str] | None, stream: Stream) -> dict[str, Entry]:
     if schemes is None:
         schemes = names(stream.real, "scheme", "baseline", "bound")
     entries: dict[str, Entry] = {}
-    for given in schemes:
+    for given in dict.fromkeys(schemes):
         for each in allowed if given == "all" else [given]:
             name, entry = lookup(each)
             if name in ROSTER and name not in allowed:

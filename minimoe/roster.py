@@ -211,7 +211,9 @@ def lookup(name: str) -> tuple[str, Entry]:
         raise ValueError(f"scheme is {name!r}, allowed: {', '.join(ROSTER)}, file.py:Class")
     scheme = load_class(path, in_file, Adapter)
     arguments = inspect.signature(scheme).parameters
-    usual = {k: v for k, v in ROSTER["mora"].settings.items() if k in arguments}
+    takes_all = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
+    mora = ROSTER["mora"].settings
+    usual = {name: value for name, value in mora.items() if takes_all or name in arguments}
     return in_file, Entry(
         "scheme",
         f"{in_file} of {path}",

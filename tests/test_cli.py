@@ -232,6 +232,7 @@ def test_compare_takes_a_scheme_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN)
     args = ["compare", *SMALL, "--out", "run", "--schemes", "mora", "own.py:Mine", "own.py:Idle"]
+    args += ["own.py:Mine", "mora"]  # twice is once
     assert main(args) == 0
     shown = capsys.readouterr().out
     schemes = json.loads(Path("run/compare.json").read_text())["schemes"]
