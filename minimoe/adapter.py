@@ -93,7 +93,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         idx, g, z = self.gate(x)
         y = self.base(x)
-        update = rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path, check=False)
+        update = rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
         return update.to(y.dtype).add_(y)  # in place: one array of (..., O) less
 
     def active(self) -> int:
@@ -155,7 +155,7 @@ class Adapter(nn.Module):
         """The gate that keeps whole blocks of ranks: expert (..., k) and their weights w."""
         ranks = torch.arange(self.block, device=x.device)
         idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
-        z = rank_scores(x, idx, self.frozen_A, self.A, self.path, check=False)
+        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
         return Gate(idx, w.repeat_interleave(self.block, -1), z)
 
     # Sizes and settings

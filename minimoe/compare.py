@@ -128,7 +128,7 @@ def _try(name: str, entry: Entry, stream: Stream, changes: Mapping[str, Any]) ->
     try:
         learner = entry.make(model, stream, **changes)
         answers = learner.predict(stream.tasks[0].x_test[:2], 0)
-    except Exception as error:  # whatever somebody's file does
+    except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
     if answers.shape[0] != 2:
         raise ValueError(f"{name} gives answers of shape {tuple(answers.shape)} to two inputs")

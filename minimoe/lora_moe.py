@@ -34,8 +34,7 @@ class LoRAMoE(Adapter):
     Args beyond Adapter's:
         top_k: k, experts kept per token, at most all.
         balance: coefficient of the load-balance loss, left in `aux` in training.
-        experts: how many a task adds, its r ranks shared out evenly; at r, experts are single
-            ranks, as MoRA's, with a router.
+        experts: how many a task adds, its r ranks shared out evenly; r of them: single ranks.
 
     Raises ValueError if top_k < 1, balance < 0, or experts does not divide rank.
     """

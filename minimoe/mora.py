@@ -25,13 +25,12 @@ the dropout on the adapter's input are left out. `detach_gate` is ours: another 
 
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import Adapter, Gate, require
 from .claims import Claims
-from .sparse import is_plain, normalized_top_k
+from .sparse import TINY, is_plain, normalized_top_k, widened
 
 
 class MoRA(Adapter):
@@ -75,7 +74,7 @@ class MoRA(Adapter):
     def gate(self, x: Tensor) -> Gate:
         if is_plain(self.path, x, self.ranks):
             z = self.project(x, "A")  # (..., R)
-            s = F.normalize(z, dim=-1, eps=torch.finfo(z.dtype).tiny)  # eq. 5
+            s = F.normalize(widened(z), dim=-1, eps=TINY)  # eq. 5
             s, idx = s.topk(self.kept)  # eq. 6, (..., k)
             z = z.gather(-1, idx)
         else:  # the same in one pass, which pays in large layers

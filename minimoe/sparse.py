@@ -56,6 +56,14 @@ def is_plain(path: str, x: Tensor, R: int) -> bool:
     return path == "plain" or (path == "auto" and x.shape[:-1].numel() * R <= small)
 
 
+TINY = torch.finfo(torch.float32).tiny  # the least norm to divide by
+
+
+def widened(z: Tensor) -> Tensor:
+    """z in float32 at least: 16 bits lose small scores, and overflow in large norms."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
 def rank_sparse(
     v: Tensor,
     idx: Tensor | None,

@@ -25,7 +25,7 @@ from minimoe import Adapter, Claims, Gate
 class NewScheme(Adapter):
     """NewScheme. Parameters: R (D + O), all of them active."""
 
-    # help(Claims) says what more there is to claim: top_k, simplex, an expert of r ranks, ...
+    # help(Claims) says what more there is to claim; as_lora={} is true only while g = 1
     claims = Claims(zero_at_birth=True, granularity="token", as_lora={})
 
     def gate(self, x: Tensor) -> Gate:

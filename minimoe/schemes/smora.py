@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
-from ..sparse import rank_scores
+from ..sparse import rank_scores, widened
 from ..tools.parallel import sum_over_processes
 
 
@@ -72,7 +72,7 @@ class SMoRA(Adapter):
 
     def gate(self, x: Tensor) -> Gate:
         l = self.project(x, "router")  # (..., R), of which 16 bits lose the small sigmoids
-        s = l.to(torch.promote_types(l.dtype, torch.float32)).sigmoid()
+        s = widened(l).sigmoid()
         top, idx = (s + self.rows("bias")).topk(self.kept)  # (..., k)
         total = top.sum(-1, keepdim=True)
         g = top.shape[-1] * top / total.where(total != 0, 1)  # 0 where all s are
