@@ -331,10 +331,11 @@ def run_bench(args: argparse.Namespace) -> int:
     finally:
         if bar is not None:
             bar.close()
-    write_atomic(out / "bench.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(out / "bench.json", result)
     plot_bench(result, out / "bench.png")
+    write_atomic(out / "bench.md", bench.page(result, args.typed, "bench.png").encode())
     print(bench.table(result))
-    print(f"\n{out / 'bench.json'}\n{out / 'bench.png'}")
+    print("", *(out / name for name in ("bench.json", "bench.md", "bench.png")), sep="\n")
     return 0
 
 

@@ -153,7 +153,8 @@ def _over_seeds(runs: Sequence[Run], known: list[Reachable] | None) -> SchemeRes
     records = {name: np.mean([run.records[name] for run in runs], 0) for name in first.records}
     limit = None
     if known:
-        limit = Reachable.of([one.mean for one in known if one.mean], limit=known[0].limit)
+        means = [one.mean for one in known if one.mean is not None]
+        limit = Reachable.of(means, limit=known[0].limit)
     spreads = {name: Spread.of([f(run.matrix) for run in runs]) for name, f in METRICS.items()}
     spreads |= {name: Spread.of([f(run.records) for run in runs]) for name, f in PROBLEMS.items()}
     return SchemeResult(

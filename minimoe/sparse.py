@@ -145,7 +145,7 @@ def normalized_top_k(
     """(s, idx, z) of s, idx = F.normalize(z, dim=-1).topk(k) for z = x Aᵀ, and z at idx: by
     `top_scores`. s is in float32 (float64 for float64). Args, shapes and errors as there."""
     z, idx, norm = top_scores(x, frozen, live, k, path, detach)
-    return z / norm.clamp_min(torch.finfo(norm.dtype).tiny), idx, z
+    return z / norm.clamp_min(TINY), idx, z
 
 
 def top_scores(
@@ -200,7 +200,7 @@ class _TopScores(torch.autograd.Function):
         x, frozen, live, idx, norm, z = ctx.saved_tensors
         A, F = torch.cat([frozen, live]), len(frozen)
         if not ctx.detach:
-            c = (dnorm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(x.dtype)
+            c = (dnorm / norm.clamp_min(TINY)).to(x.dtype)
         dx = None
         if z is not None:
             dz = (c * z).scatter_add_(1, idx, dtop)

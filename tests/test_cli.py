@@ -293,6 +293,8 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
     folder = tmp_path / "minimoe-bench"
     found = json.loads((folder / "bench.json").read_text())
     assert (folder / "bench.png").stat().st_size > 10_000
+    page = (folder / "bench.md").read_text()
+    assert "minimoe bench --ranks 16 128" in page and "bench.png" in page
     assert (found["device"], found["threads"], found["dtype"]) == ("cpu", 1, "float32")
     places = {(r["part"], r["pass"], r["R"], r["routing"]) for r in found["rows"]}
     for part in ("up-projection", "layer"):

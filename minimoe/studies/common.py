@@ -18,6 +18,7 @@ from ..continual.metrics import acc, bwt
 from ..continual.probe import PROBLEMS
 from ..roster import ROSTER, SCHEMES
 from ..tools.results import Line
+from ..tools.tables import short
 from .study import Cell, Comparison, Rows, Values
 
 PERMUTED = "permuted-digits"
@@ -120,7 +121,7 @@ def run_cell(
 
 def mean(values: Values) -> str:
     """As in a table: .913"""
-    return f"{statistics.fmean(values):.3f}".replace("0.", ".", 1)
+    return short(statistics.fmean(values))
 
 
 def beside(more: Values, less: Values | float) -> str:

@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapter import Adapter, Gate
 from ..mora import MoRA
 from ..roster import EPOCHS, SCHEMES
+from ..sparse import TINY, widened
 from ..tools.results import Panel
 from .common import (
     COLUMNS,
@@ -41,7 +41,7 @@ class AbsoluteMoRA(MoRA):
 
     def gate(self, x: Tensor) -> Gate:
         z = self.project(x, "A")  # (..., R)
-        s = F.normalize(z, dim=-1, eps=torch.finfo(z.dtype).tiny).abs()  # eq. 5, without its sign
+        s = F.normalize(widened(z), dim=-1, eps=TINY).abs()  # eq. 5, without its sign
         s, idx = s.topk(self.kept)  # eq. 6, (..., k)
         w = (s / self.tau).softmax(-1)  # eq. 7
         if not self.training:

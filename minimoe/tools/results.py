@@ -125,7 +125,7 @@ class Panel:
     lines: list[Line]
     ylabel: str | None = None
     x: list[float] | None = None
-    log: bool = False
+    log: bool | None = None
     names: list[str] | None = None
     kinds: list[str] | None = None
 
@@ -164,7 +164,7 @@ class StudyResult:
             for label, row in entry["rows"].items()
         }
         panels = [
-            Panel(**{**panel, "lines": [Line(**line) for line in panel["lines"]]})
+            Panel(**{**panel, "lines": [Line(**with_nan(line)) for line in panel["lines"]]})
             for panel in entry["panels"]
         ]
         claims = [ClaimResult(**claim) for claim in entry["claims"]]
