@@ -187,7 +187,7 @@ def run_compare(args: argparse.Namespace) -> int:
         return 0
     from .tools.plots import plot_compare, plot_gates
 
-    pictures = {"compare.png": "Accuracy on the tasks seen so far, and every accuracy matrix"}
+    pictures = ["compare.png"]
     write_json(out / "compare.json", result)
     plot_compare(
         result,
@@ -197,7 +197,7 @@ def run_compare(args: argparse.Namespace) -> int:
     )
     if any(scheme.intrusion.mean is not None for scheme in result.schemes.values()):
         plot_gates(result, out / "gates.png")
-        pictures["gates.png"] = "Which task's ranks serve which task's inputs"
+        pictures.append("gates.png")
     write_atomic(out / "compare.md", compare_page(result, args.typed, pictures).encode())
     print(table(result))
     print("", *(out / name for name in ("compare.json", "compare.md", *pictures)), sep="\n")

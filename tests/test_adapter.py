@@ -9,6 +9,7 @@ import torch
 from layers import arrays, context_of, filled, grown, network, own, tokens_each
 from torch import nn
 
+from minimoe import LoRAMoE, MoRA
 from minimoe.adapt import WithContext, adapt, adapters, aux_loss, context, grow
 from minimoe.roster import SCHEMES
 from minimoe.schemes.mocle import MoCLE
@@ -164,3 +165,39 @@ class TestContext:
                 assert torch.allclose(*both, atol=1e-5)
                 found.append(both[0])
         assert not torch.allclose(*found, atol=1e-3)
+
+
+class Strays(LoRAMoE):
+    """Its gate keeps an expert that there is not."""
+
+    stray = 0
+
+    def gate(self, x):
+        ones = x.new_ones(*x.shape[:-1], 1)
+        return self.gate_blocks(x, torch.full_like(ones, self.stray, dtype=torch.int64), ones)
+
+
+class StrayRanks(MoRA):
+    """Its gate keeps ranks that there are not."""
+
+    stray = 0
+
+    def gate(self, x):
+        idx, weight, z = super().gate(x)
+        return idx + self.stray, weight, z
+
+
+@pytest.mark.parametrize("path", ["auto", "plain", "dense", "gather", "compact"])
+@pytest.mark.parametrize("stray", [-1, 99, 10**8])
+@pytest.mark.parametrize("scheme", [Strays, StrayRanks])
+def test_a_gate_that_keeps_a_rank_that_is_not_there_is_named(scheme, stray, path):
+    layer = scheme(nn.Linear(7, 5), rank=2, top_k=1)
+    for _ in range(20):
+        layer.grow()
+    layer.path, layer.stray = path, stray
+    if scheme is StrayRanks:
+        layer.stray = -99 if stray < 0 else stray
+    with pytest.raises(
+        ValueError, match=r"idx holds -?\d+, allowed: 0 to 41, as there are 42 ranks"
+    ):
+        layer(torch.randn(2000, 7))

@@ -18,6 +18,7 @@ from minimoe.laws import LAWS
 from minimoe.roster import EPOCHS, ROSTER, names
 from minimoe.studies import STUDIES, atlas
 from minimoe.tools import tables
+from minimoe.tools.results import CompareResult, StudyResult, to_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,6 +72,14 @@ def test_the_stored_results_are_of_the_settings_and_the_roster_of_today(name, st
             assert then[key].items() <= value.items()
         else:
             assert then[key] == value
+
+
+def test_a_stored_result_reads_and_writes_to_the_same():
+    for folder, kind in (("results", CompareResult), ("findings", StudyResult)):
+        for path in (ROOT / "tutorials" / folder).glob("*.json"):
+            if not path.name.startswith("bench"):
+                entry = json.loads(path.read_text(encoding="utf-8"))
+                assert to_json(kind.from_json(entry)) == entry, path.name
 
 
 def test_tables_name_all_measures():

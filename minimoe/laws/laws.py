@@ -295,7 +295,7 @@ def degenerates_to_lora(case: Case) -> None:
     x, c = case.x(), layer.scale / (case.experts if claims.simplex is True else 1)
     want = layer.base(x) + c * (x @ layer.keys.T) @ layer.rows("B")
     at = ", ".join(f"{name} {value:g}" for name, value in given.items()) or "all kept"
-    near(case.run(x, layer), want, f"y at {at}", "LoRA's", 1e-6)
+    near(case.run(x, layer), want, f"y at {at}", "LoRA's, as as_lora claims,", 1e-6)
 
 
 def merge_is_equal(case: Case) -> None:

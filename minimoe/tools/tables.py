@@ -1,6 +1,6 @@
 """Results as text: tables for a terminal, and pages in Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from .results import CompareResult, Reachable, Spread, StudyResult
 
@@ -90,11 +90,17 @@ def _reachable(known: Reachable | None) -> str:
     return cell(known) if known.limit else f"≥ {cell(known)}"
 
 
-def compare_page(result: CompareResult, command: str, pictures: Mapping[str, str]) -> str:
-    """A comparison as a page: the command, the table, the pictures ({file: what it shows})."""
+PICTURES = {  # that `compare` draws, and what each shows
+    "compare.png": "Accuracy on the tasks seen so far, and every accuracy matrix",
+    "gates.png": "Which task's ranks serve which task's inputs",
+}
+
+
+def compare_page(result: CompareResult, command: str, pictures: Sequence[str] = ()) -> str:
+    """A comparison as a page in Markdown: the command, the table, and those of PICTURES."""
     lines = [f"# {title(result)}", "", f"`{command}`", "", "```text", table(result), "```"]
-    for file, shows in pictures.items():
-        lines += ["", f"![{shows}]({file})", "", f"{shows}."]
+    for file in pictures:
+        lines += ["", f"![{PICTURES[file]}]({file})", "", f"{PICTURES[file]}."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 """MoRA against its oracle, numbers worked by hand, and what is its own."""
 
+import copy
 import math
 
 import pytest
@@ -130,6 +131,20 @@ class TestMoRA:
         y.sum().backward()
         assert torch.equal(y, layer.base(x))
         assert torch.isfinite(x.grad).all() and torch.isfinite(layer.A.grad).all()
+
+    @pytest.mark.parametrize("path", ["plain", "gather"])
+    def test_a_small_temperature_or_a_long_input_is_finite_in_16_bits(self, path):
+        for tau, length in ((1e-6, 1.0), (0.1, 4e3)):  # s / tau, and ‖z‖, past 65504
+            layer = grown(MoRA, D=16, O=12, rank=8, top_k=3, tau=tau, dtype=torch.float16)
+            layer.path = path
+            x = torch.randn(9, 16, generator=torch.Generator().manual_seed(2)).half()
+            idx, w, z = layer.gate(length * x)
+            assert z.isfinite().all()
+            assert w.isfinite().all() and torch.allclose(w.sum(-1), torch.ones(9))
+            wide = copy.deepcopy(layer).float()
+            # the ranks that float32 keeps, but where two are within rounding
+            agree = (idx == wide.gate(length * x.float()).idx).float().mean()
+            assert agree > 0.9
 
     def test_unchosen_ranks_have_no_value_gradient_and_a_key_gradient(self):
         layer = grown(MoRA, rank=5, tasks=1, top_k=2, tau=0.3)

@@ -19,7 +19,7 @@ from minimoe.continual.learn import Backbone
 from minimoe.continual.streams import STREAMS
 from minimoe.roster import ROSTER
 from minimoe.studies import STUDIES, atlas, growth, routing, run_study, silence
-from minimoe.studies.common import carried
+from minimoe.studies.common import carried, mean
 from minimoe.studies.knobs import CLASSES, AbsoluteMoRA
 from minimoe.studies.study import Claim, Comparison, Rows, command, file_of, report, run
 from minimoe.tools.tables import findings
@@ -255,6 +255,11 @@ def test_the_words_of_a_finding_follow_the_numbers(name):
     assert rising.core_minutes == len(cells)
     page = findings([rising])
     assert rising.command == command(name, [0, 1, 2], False) and rising.command in page
+
+
+def test_a_mean_reads_as_in_a_table():
+    for values, words in (([0.5, 0.6], ".550"), ([10.3], "10.300"), ([-0.25], "-.250")):
+        assert mean(values) == words
 
 
 def test_rows_keep_the_order_of_seeds():
