@@ -92,22 +92,21 @@ def rank_sparse(
     Raises ValueError, before any kernel runs, if a shape, device, dtype, path or index does not
     fit the others.
     """
-    K = v.shape[-1]
+    K, F, R = v.shape[-1], len(frozen), len(frozen) + len(live)
     _check(frozen, live, path, v=v, idx=idx)
     if idx is None:
-        if len(frozen) + len(live) != K:
-            raise ValueError(f"v has {K} ranks, no idx, and there are {len(frozen) + len(live)}")
+        if R != K:
+            raise ValueError(f"v has {K} ranks, no idx, and there are {R}")
         v, frozen, live = _cast(live, v, frozen, live)
-        F = len(frozen)
-        if F and is_plain(path, v, K):
+        if F and is_plain(path, v, R):
             return v @ torch.cat([frozen.detach(), live])
         return v[..., F:] @ live + v[..., :F] @ frozen if F else v @ live
     if idx.shape != v.shape:
         raise ValueError(f"idx {tuple(idx.shape)} and v {tuple(v.shape)} differ in shape")
-    idx = _ranks(idx, len(frozen) + len(live), check)
+    idx = _ranks(idx, R, check)
     v, frozen, live = _cast(live, v, frozen, live)
-    if is_plain(path, v, len(frozen) + len(live)):
-        H = v.new_zeros(*v.shape[:-1], len(frozen) + len(live)).scatter_add(-1, idx, v)
+    if is_plain(path, v, R):
+        H = v.new_zeros(*v.shape[:-1], R).scatter_add(-1, idx, v)
         return H @ torch.cat([frozen.detach(), live])
     y = spmm(idx.reshape(-1, K), v.reshape(-1, K), frozen, live, path)
     return y.reshape(*v.shape[:-1], live.shape[1])

@@ -17,8 +17,7 @@ Axes: r ranks, D in, O out. A (r, D) keys, B (r, O) values: theta.
 Life (`EWCLearner`): at a task's end, `consolidate` with its F. A rank that is new has F = 0.
 
 Departures: the paper has all weights of a network, and this the adapter's; where a LoRA's scale can
-pass between A and B, a diagonal F cannot tell. Its importance is per problem; 10 did best of
-1 to 10,000 on permuted-digits.
+pass between A and B, a diagonal F cannot tell. Its importance is chosen per problem.
 """
 
 from typing import Any, cast
