@@ -1,200 +1,382 @@
-"""Put any scheme into any torch model, and carry its adapters about."""
+"""Put any scheme into any torch model, let it grow, and take it out again."""
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .adapter import Adapter
-from .tools.files import read_tensors, write_tensors
+from .context import Batch, WithContext, context
+from .saving import adapters, beside, load, load_state, save, state
+from .tools.outgrown import refuse_wrapped
+from .wrapped import sizes
+
+__all__ = [
+    "Batch",
+    "WithContext",
+    "adapt",
+    "adapters",
+    "after_step",
+    "context",
+    "count",
+    "grow",
+    "load",
+    "load_state",
+    "parameters",
+    "save",
+    "state",
+    "survey",
+    "unwrap",
+]
 
 
-def adapt(model: nn.Module, scheme: type[Adapter], targets: str, **settings: Any) -> nn.Module:
-    """Wrap every nn.Linear of model whose whole name matches the pattern `targets`.
+def adapt(
+    model: nn.Module,
+    scheme: type[Adapter],
+    targets: str,
+    *,
+    train: str | None = None,
+    dtype: torch.dtype | None = None,
+    batch_first: bool | None = None,
+    verbose: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """Wrap every linear layer of model whose whole name matches the pattern `targets`.
 
     The model is changed in place and returned; all its own parameters are frozen. A layer that
-    stands in two places gets one adapter. `targets` is a regular expression for module names
-    as `named_modules` gives them (r".*fc[12]", r".*(q|v)_proj"); settings are the scheme's.
+    stands in two places gets one adapter. It may be called again, for other layers, with another
+    scheme or other settings. A wrapped layer has the mode, the device and the hooks of the one
+    that it replaces, and answers for its weight, bias, in_features and out_features.
 
-    Raises ValueError if the pattern matches no nn.Linear (naming those that there are), or
-    matches one inside an adapter or an nn.MultiheadAttention, and whatever the scheme raises.
-    The model then keeps all its layers.
+    Args:
+        targets: a regular expression for module names as `named_modules` gives them
+            (r".*fc[12]", r".*(q|v)_proj"). `survey` says what it matches.
+        train: likewise, modules or parameters that learn beside the adapters, such as a head.
+            `parameters`, `save` and `load` include them.
+        dtype: of the adapters; by default float32, and float64 beside float64.
+        batch_first: whether layers see (samples, tokens, D); False: (tokens, samples, D). By
+            default as a torch module around the layer says, else True.
+        verbose: print what was wrapped, and what matched and was not.
+        settings: the scheme's.
+
+    Raises ValueError, before anything is changed, if a pattern matches nothing that it could, a
+    layer that is adapted already or whose weight is read past any wrapper, or a layer that a
+    setting does not fit (naming it); and whatever else the scheme raises. In a forward pass of the
+    model, RuntimeError if a layer's weight is used, and the layer is not called.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Adapter))
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and name}
-    chosen = {name: linear for name, linear in linears.items() if re.fullmatch(targets, name)}
+    chosen, left_out = survey(model, targets)
     if not chosen:
-        there = ", ".join(list(linears)[:8]) + (", ..." if len(linears) > 8 else "")
-        raise ValueError(f"targets {targets!r} matches no nn.Linear; there are: {there or 'none'}")
-    for name in chosen:
-        parent = modules[name.rpartition(".")[0]]
-        if name.startswith(inside):
-            raise ValueError(f"targets {targets!r} matches {name}, which is adapted already")
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(f"{name}: nn.MultiheadAttention reads its weight past any wrapper")
-    made = {id(linear): linear for linear in chosen.values()}
-    wrapped = {key: scheme(linear, **settings) for key, linear in made.items()}
-    model.requires_grad_(False)
-    for name, linear in chosen.items():
-        parent = modules[name.rpartition(".")[0]]
-        setattr(parent, name.rpartition(".")[2], wrapped[id(linear)])
-    for module in model.modules():  # torch's fused paths in eval() read weights past any wrapper
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+        raise ValueError(f"targets {targets!r} {_nothing(model, left_out)}")
+    heads = _trained(model, train, chosen)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}, allowed: a floating-point dtype")
+    first = {id(layer): name for name, layer in reversed(chosen.items())}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    made: dict[int, Adapter] = {}
+    for key, name in first.items():
+        layer = chosen[name]
+        try:
+            made[key] = _made(scheme(layer, **settings), name, dtype)
+            made[key].tied = _tied(model, layer)
+        except ValueError as error:
+            raise ValueError(f"{name} ({type(layer).__name__}): {error}") from None
+        finally:  # nothing is changed yet
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+    own = {id(p) for _, adapter in adapters(model) for p in adapter.parameters(recurse=False)}
+    kept = own | {id(p) for p in heads} | {id(p) for p in _marked(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+    _mark(model, heads)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in chosen.items():
+        adapter, (owner, _, attribute) = made[id(layer)], name.rpartition(".")
+        adapter.batch_first = _batch_first(modules, name) if batch_first is None else batch_first
+        setattr(modules[owner], attribute, adapter)
+    for key, name in first.items():
+        _move_hooks(chosen[name], made[key])
+    _watch(model, {name: made[id(layer)] for name, layer in chosen.items()})
+    if verbose:
+        for name, layer in chosen.items():
+            print(f"{name}: {type(layer).__name__} -> {scheme.__name__}")
+        for name, reason in left_out.items():
+            print(f"{name}: left out, {reason}")
     return model
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """(name, adapter) of every adapter in model, each once."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Adapter))
+def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """What a pattern of `adapt` matches: (the layers that can be wrapped, by name; of everything
+    else that has weights, by name, why it cannot). Raises ValueError as `adapt` does, on a layer
+    that is adapted already, or whose weight is read past any wrapper."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Adapter))
+    chosen: dict[str, Any] = {}
+    left_out = {}
+    for name, module in modules.items():
+        own = list(module.parameters(recurse=False))
+        if not name or not re.fullmatch(targets, name) or isinstance(module, Adapter):
+            continue
+        if name.startswith(inside):
+            raise ValueError(f"targets {targets!r} matches {name}, which is adapted already")
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        if not _is_linear(module):
+            if own or kind.startswith("torch.ao.nn.quantized"):
+                left_out[name] = f"a {kind}, allowed: nn.Linear, transformers' Conv1D"
+            continue
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            raise ValueError(f"{name}: nn.MultiheadAttention reads its weight past any wrapper")
+        if isinstance(own[0], nn.parameter.UninitializedParameter):
+            left_out[name] = f"a {kind} without weights yet: call the model once first"
+        elif own[0].is_meta:
+            left_out[name] = f"a {kind} on the meta device: load its weights first"
+        else:
+            chosen[name] = module
+    for name, _ in model.named_parameters():
+        if re.fullmatch(targets, name) and not name.startswith(inside):
+            owner = type(modules[name.rpartition(".")[0]]).__name__
+            left_out[name] = f"a parameter of a {owner}, and no layer"
+    return chosen, left_out
+
+
+def unwrap(model: nn.Module, merge: bool = True) -> nn.Module:
+    """The plain model again, in place, its layers where they were, and frozen.
+
+    With `merge` the update of each scheme that can be merged (claims.mergeable) is added to its
+    layer's weight; all others end with their adapters, as do all without it. Save them first.
+
+    Raises RuntimeError, naming the layer, before anything is changed, if one that should be merged
+    cannot be: its weight is tied, parametrised, pruned or quantised.
+    """
+    layers = list(adapters(model))
+    ours = [a for _, a in layers if merge and a.claims.mergeable and a.unmerged is None]
+    for adapter in ours:
+        adapter.tied = _tied(model, adapter.base)
+        adapter.require_plain_weight()
+    for adapter in ours:
+        adapter.merge()
+    if not merge:
+        for _, adapter in layers:
+            if adapter.unmerged is not None:
+                adapter.unmerge()
+    for module in list(model.modules()):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, partial) and hook.func in (_begin, _end):
+                    del hooks[key]
+        for attribute, value in module.__dict__.pop("unfused", {}).items():
+            setattr(module, attribute, value)
+        for attribute, child in list(module._modules.items()):
+            if isinstance(child, Adapter):
+                _move_hooks(child, child.base)
+                setattr(module, attribute, child.base)
+    return model
 
 
 def grow(model: nn.Module) -> None:
     """A task ends: every adapter freezes its live rows and adds fresh ones. The fresh rows are new
-    parameters: make a new optimiser."""
-    for _, adapter in adapters(model):
-        adapter.grow()
+    parameters: make a new optimiser, and a new data-parallel wrapper.
+
+    Raises RuntimeError, naming the layer, and with every layer as it was, under a wrapper of DDP or
+    FSDP, and where a layer cannot grow. An optimiser that was made before, and a DDP wrapper, raise
+    where they are used next.
+    """
+    refuse_wrapped(model)
+    layers = list(adapters(model))
+    before = [(dict(a._parameters), dict(a._buffers), a.counts) for _, a in layers]
+    for name, adapter in layers:
+        try:
+            adapter.grow()
+        except Exception as error:
+            for (_, layer), (parameters, buffers, counts) in zip(layers, before, strict=True):
+                layer._parameters, layer._buffers = parameters, buffers
+                layer.counts = counts
+                for parameter in parameters.values():
+                    vars(parameter).pop("outgrown_by", None)
+            raise RuntimeError(f"{name} cannot grow: {error}; no layer has grown") from error
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What the adapters train, for an optimiser."""
-    return [p for _, adapter in adapters(model) for p in adapter.parameters() if p.requires_grad]
+    """What learns, for an optimiser: the adapters' live rows, and what trains beside them."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def count(model: nn.Module) -> dict[str, int]:
-    """Numbers of adapter parameters: "trainable" now; "stored", trainable and frozen; "active",
-    those that one token's output depends on by value (Adapter.active)."""
-    trainable = sum(p.numel() for p in parameters(model))
-    stored = sum(tensor.numel() for tensor in state(model).values())
+    """Numbers of parameters, of the adapters and of what trains beside them: "trainable" now;
+    "stored", trainable and frozen; "active", those that one token's output depends on by value
+    (Adapter.active)."""
+    heads = beside(model).values()
     return {
-        "trainable": trainable,
-        "stored": stored,
-        "active": sum(adapter.active() for _, adapter in adapters(model)),
+        "trainable": sum(p.numel() for p in parameters(model)),
+        "stored": sum(tensor.numel() for tensor in state(model).values()),
+        "active": sum(t.numel() for t in heads) + sum(a.active() for _, a in adapters(model)),
     }
 
 
 def after_step(model: nn.Module) -> None:
     """The optimiser has made a step: every adapter does what its scheme does between steps, such as
-    to move the biases that balance its ranks. Most do nothing."""
+    to move the biases that balance its ranks, by all that it has counted since the last."""
     for _, adapter in adapters(model):
         adapter.after_step()
+        adapter.end_step()
 
 
-@contextlib.contextmanager
-def context(model: nn.Module, **values: Tensor) -> Iterator[None]:
-    """Inside, every adapter of model has this context of the samples that come, by name.
-
-        with context(model, cluster=ids):                  # ids (B,): one per sample
-            y = model(x)                                # whose layers see (B, ..., D)
-
-    The way to a gate that needs more than its layer's input (Adapter.needs names what). An index
-    (...) or a vector (..., F) per sample; its axes before F are the first ones of what the layers
-    see, whatever tokens follow. The adapters hold it, so no module in between need pass it on, and
-    a compiled model takes it as an input. An outer `context` stays in force.
-    """
-    layers = [adapter for _, adapter in adapters(model)]
-    before = [layer.context for layer in layers]
+def _is_linear(module: nn.Module) -> bool:
     try:
-        for layer in layers:
-            layer.context = {**layer.context, **values}
-        yield
-    finally:
-        for layer, then in zip(layers, before, strict=True):
-            layer.context = then
+        sizes(module)
+    except TypeError:
+        return False
+    return True
 
 
-class WithContext(nn.Module):
-    """A model whose adapters get, with every input, the context that a function makes of it.
-
-    forward(...) is model(...) inside context(model, **describe(...)), for any arguments.
-    """
-
-    def __init__(self, model: nn.Module, describe: Callable[..., dict[str, Tensor]]):
-        super().__init__()
-        self.model, self.describe = model, describe
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with context(self.model, **self.describe(*args, **kwargs)):
-            return self.model(*args, **kwargs)
+def _nothing(model: nn.Module, left_out: dict[str, str]) -> str:
+    """Why a pattern found nothing to wrap."""
+    if left_out:
+        each = "; ".join(f"{name} is {reason}" for name, reason in list(left_out.items())[:4])
+        return f"matches no nn.Linear: {each}"
+    linears = [name for name, module in model.named_modules() if name and _is_linear(module)]
+    there = ", ".join(linears[:8]) + (", ..." if len(linears) > 8 else "")
+    return f"matches no nn.Linear; there are: {there or 'none'}"
 
 
-def aux_loss(model: nn.Module) -> Tensor | float:
-    """Sum of the auxiliary losses of the last forward pass in training, 0.0 if there are none."""
-    return sum((a.aux for _, a in adapters(model) if a.aux is not None), start=0.0)
+def _made(adapter: Adapter, name: str, dtype: torch.dtype | None) -> Adapter:
+    adapter.name = name
+    if dtype is not None:
+        for tensor in (*adapter._parameters.values(), *adapter._buffers.values()):
+            if tensor is not None:
+                tensor.data = tensor.data.to(dtype)
+    return adapter
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' own tensors, by module name, without any weight of the model itself."""
-    return {
-        f"{name}.{key}": tensor
-        for name, adapter in adapters(model)
-        for key, tensor in adapter.state_dict().items()
-        if not key.startswith("base.")
-    }
+def _trained(model: nn.Module, train: str | None, chosen: dict[str, Any]) -> list[nn.Parameter]:
+    """The parameters that a pattern names, by their own names or those of modules around them."""
+    if train is None:
+        return []
+    wrapped = tuple(f"{name}." for name in (*chosen, *dict(adapters(model))))
+    found = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        if any(re.fullmatch(train, ".".join(parts[:n])) for n in range(1, len(parts) + 1)):
+            if name.startswith(wrapped):
+                raise ValueError(f"train {train!r} matches {name}, of a layer that is adapted")
+            if not parameter.is_floating_point():
+                raise ValueError(f"train {train!r} matches {name}, which is {parameter.dtype}")
+            found.append(parameter)
+    if not found:
+        names = [name for name, _ in model.named_children()]
+        raise ValueError(f"train {train!r} matches no parameter; there are: {', '.join(names)}")
+    return found
 
 
-def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `state` gave, also into adapters that have grown less or more often.
-
-    Raises ValueError, before anything is changed, if names or shapes do not fit.
-    """
-    here = state(model)
-    if here.keys() != tensors.keys():
-        key = min(here.keys() ^ tensors.keys())
-        raise ValueError(f"{key} is {'missing' if key in here else 'not an adapter of this model'}")
-    for name, adapter in adapters(model):
-        tasks = set()
-        for key, ours in adapter.state_dict().items():
-            if key.startswith(("base.", "frozen_")):
-                continue
-            live, frozen = tensors[f"{name}.{key}"], tensors.get(f"{name}.frozen_{key}")
-            grown = () if frozen is None else tuple(frozen.shape)
-            if live.shape != ours.shape or grown[1:] != tuple(live.shape[1:])[: len(grown)]:
-                raise ValueError(
-                    f"{name}.{key} is {tuple(live.shape)} and frozen {grown}, "
-                    f"allowed: {tuple(ours.shape)}, and any number of such"
-                )
-            if frozen is not None:
-                tasks.add(len(frozen) / len(live))
-        if len(tasks) > 1:
-            raise ValueError(f"{name} holds tensors of different numbers of tasks")
-    for name, adapter in adapters(model):
-        start = f"{name}."
-        own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-        adapter.load_state_dict(own, strict=False)  # base is not ours to load
+def _mark(model: nn.Module, heads: list[nn.Parameter]) -> None:
+    """Note in each owner which of its parameters learn beside the adapters, and let them."""
+    ids = {id(p) for p in heads}
+    for parameter in heads:
+        parameter.requires_grad_(True)
+    for module in model.modules():
+        names = {n for n, p in module.named_parameters(recurse=False) if id(p) in ids}
+        if names:
+            module.trained_beside = names | module.__dict__.get("trained_beside", set())
 
 
-def save(model: nn.Module, path: str | Path) -> None:
-    """Write the adapters alone to a safetensors file, with their schemes and settings."""
-    if not (described := _describe(model)):
-        raise ValueError("the model has no adapters")
-    write_tensors(path, state(model), {"adapters": described})
+def _marked(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        for name in module.__dict__.get("trained_beside", ()):
+            yield module._parameters[name]  # type: ignore[misc]
 
 
-def load(model: nn.Module, path: str | Path) -> None:
-    """Read adapters that `save` wrote into a model adapted in the same way, grown or not.
-
-    Raises FileNotFoundError; ValueError, before anything is changed, on a file that is truncated
-    or not of this package, or whose layers, schemes, settings or shapes are not the model's.
-    """
-    tensors, facts = read_tensors(path)
-    here, there = _describe(model), facts.get("adapters")
-    if not isinstance(there, dict):
-        raise ValueError(f"{path}: holds no adapters")
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            raise ValueError(f"{path}: {name} is {there.get(name)} there, {here.get(name)} here")
-    try:
-        load_state(model, tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def _tied(model: nn.Module, layer: nn.Module) -> str:
+    """The name of another module's parameter that is this layer's weight, if there is one."""
+    weight = layer._parameters.get("weight")
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter is weight and module is not layer:
+                return f"{name}.{key}"
+    return ""
 
 
-def _describe(model: nn.Module) -> dict[str, list[Any]]:
-    return {name: [type(a).__name__, a.settings()] for name, a in adapters(model)}
+def _around(modules: dict[str, nn.Module], name: str) -> Iterator[nn.Module]:
+    """The modules around the one of that name, the nearest first."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield modules[name]
+
+
+def _batch_first(modules: dict[str, nn.Module], name: str) -> bool:
+    for module in _around(modules, name):
+        attention = getattr(module, "self_attn", None)
+        for one in (module, attention):
+            if isinstance(getattr(one, "batch_first", None), bool):
+                return one.batch_first  # type: ignore[union-attr, return-value]
+    return True
+
+
+# Hooks. Those of a wrapped layer go to its adapter; torch's own, which compute its weight, stay.
+
+_OF_WEIGHT = (WeightNorm, SpectralNorm, BasePruningMethod)
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The hooks of source, and their handles, are then target's."""
+    for kind in _HOOKS:
+        mine, theirs = getattr(source, kind), getattr(target, kind)
+        setattr(source, kind, theirs)
+        setattr(target, kind, mine)
+    for key, hook in list(target._forward_pre_hooks.items()):
+        if isinstance(hook, _OF_WEIGHT):
+            source._forward_pre_hooks[key] = target._forward_pre_hooks.pop(key)
+    target._is_full_backward_hook = source._is_full_backward_hook
+    source._is_full_backward_hook = None
+
+
+def _watch(model: nn.Module, made: dict[str, Adapter]) -> None:
+    """Let each module around an adapter see to it that its weight is not used past it. (Hooks
+    also keep torch's transformers from their fused path, which would.)"""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside: dict[int, list[Adapter]] = {}
+    for name, adapter in made.items():
+        for module in _around(modules, name):
+            inside.setdefault(id(module), []).append(adapter)
+    for module in {id(m): m for m in modules.values()}.values():
+        if layers := inside.get(id(module)):
+            module.register_forward_pre_hook(partial(_begin, layers))
+            module.register_forward_hook(partial(_end, layers))
+        unfused: dict[str, Any] = {}
+        if isinstance(module, nn.TransformerEncoderLayer):
+            unfused = {"activation_relu_or_gelu": 0}
+        elif isinstance(module, nn.TransformerEncoder):
+            unfused = {"use_nested_tensor": False}
+        if layers and unfused and "unfused" not in module.__dict__:
+            module.unfused = {name: getattr(module, name) for name in unfused}
+            for attribute, value in unfused.items():
+                setattr(module, attribute, value)
+
+
+def _begin(layers: list[Adapter], module: nn.Module, args: Any) -> None:
+    for layer in layers:
+        layer.called = layer.read = False
+
+
+def _end(layers: list[Adapter], module: nn.Module, args: Any, output: Any) -> None:
+    for layer in layers:
+        if layer.read and not layer.called:
+            owner = type(module).__name__
+            raise RuntimeError(
+                f"{layer.where}: {owner} uses its weight and does not call it, so the adapter "
+                "has no effect; this layer cannot be adapted"
+            )

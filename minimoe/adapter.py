@@ -12,7 +12,6 @@ k kept experts. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values: rank i is
 
 import inspect
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +20,18 @@ from torch import Tensor, nn
 
 from .claims import Claims
 from .sparse import is_plain, rank_scores, rank_sparse
+from .tools.outgrown import outgrow, refuse_old_wrapper, refuse_shards
+from .wrapped import Wrapped
 
 
 class Gate(NamedTuple):
-    """What a gate says of each token of x (..., D)."""
+    """What a gate says of each token of x (..., D); in training also what it leaves beside."""
 
     idx: Tensor | None  # (..., K) the kept ranks; None keeps all R, in order
     weight: Tensor | float  # (..., K) g of each
     z: Tensor  # (..., K) what each sees, x Aᵀ at idx
+    loss: Tensor | None = None  # auxiliary loss
+    counts: Tensor | None = None  # (R,) int64, how often each rank was kept
 
 
 def require(holds: bool, name: str, value: Any, allowed: str) -> None:
@@ -37,23 +40,24 @@ def require(holds: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name} is {value}, allowed: {allowed}")
 
 
-class Adapter(nn.Module):
-    """A frozen nn.Linear, and ranks beside it that learn.
+class Adapter(Wrapped):
+    """A frozen linear layer, and ranks beside it that learn.
 
     Ranks in training are parameters (`A`, `B`); those of finished tasks are buffers (`frozen_A`,
     `frozen_B`) and come first. Nothing happens by itself: the caller says when a task ends
-    (`grow`), when the optimiser has made a step (`after_step`), and what a gate needs beyond x
-    (adapt.context).
+    (`grow`), when the optimiser has made a step (`after_step`), and where a batch begins and ends
+    (`context`, in context.py: also what a gate needs beyond x, and what it leaves beside y).
 
     A scheme states its `claims`, its `gate`, its `active` parameters, and in `fresh` the rows that
     a task adds. It keeps each argument of its constructor under the argument's own name.
 
     Args:
-        base: the linear layer to adapt. It is wrapped, not copied; its weights are frozen.
+        base: the linear layer to adapt. It is wrapped, not copied; its weights are frozen. The
+            adapter is on its device and in its mode, and in float32 where base is of 16 bits.
         rank: r, the ranks at the start, and those that each `grow` adds.
         scale: the factor on the whole update.
 
-    Raises TypeError if base is no nn.Linear, ValueError if a setting is out of its range.
+    Raises TypeError if base is no linear layer, ValueError if a setting is out of its range.
     """
 
     claims = Claims()
@@ -61,22 +65,17 @@ class Adapter(nn.Module):
     path = "auto"  # how the products are computed (sparse.py)
     top_k: int  # k, where the scheme has it
     experts = 1  # that a task adds, where experts are blocks
-    aux: Tensor | None = None  # auxiliary loss of the last forward pass in training, if any
-    counts: Tensor | None = None  # (R,) how often each rank was kept there, if it is counted
-    context: Mapping[str, Tensor] = {}  # side information of the samples, by name
     A: Tensor
     B: Tensor
     frozen_A: Tensor
     frozen_B: Tensor
 
     def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
-        super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"base is {type(base).__name__}, allowed: nn.Linear")
-        most = min(base.in_features, base.out_features)
+        super().__init__(base)
+        most = min(self.in_features, self.out_features)
         if not 1 <= rank <= most:
             raise ValueError(f"rank is {rank}, allowed for this layer: 1 to {most}")
-        self.base, self.rank, self.scale = base.requires_grad_(False), rank, scale
+        self.rank, self.scale = rank, scale
         for name, rows in self.fresh().items():
             self.register_buffer(f"frozen_{name}", rows[:0].clone())
             if name in self.buffer_rows:
@@ -87,14 +86,25 @@ class Adapter(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor))
 
     def gate(self, x: Tensor) -> Gate:
-        """Which ranks are kept for x (..., D), their weights, and what they see."""
+        """Which ranks are kept for x (..., D), their weights, and what they see; in training, what
+        the pass leaves beside. It changes nothing."""
         raise NotImplementedError
 
+    def update(self, x: Tensor) -> Tensor:
+        """scale · (g ⊙ z) B (..., O) of x (..., D)."""
+        idx, g, z, *beside = self.gate(x)
+        self.leave(*beside)
+        return rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
+
     def forward(self, x: Tensor) -> Tensor:
-        idx, g, z = self.gate(x)
+        self.called = True
+        if self.unmerged is not None:
+            return self.base(x)
+        if self.training:
+            refuse_old_wrapper(self.B, self.where)
+        update = self.samples_first(self.update(self.samples_first(self.cast(x))))
         y = self.base(x)
-        update = rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
-        return update.to(y.dtype).add_(y)  # in place: one array of (..., O) less
+        return self.hold(update.to(y.dtype).add_(y))  # in place: one array of (..., O) less
 
     def active(self) -> int:
         """How many of the adapter's parameters one token's output depends on by value."""
@@ -105,15 +115,12 @@ class Adapter(nn.Module):
     def fresh(self) -> dict[str, Tensor]:
         """The rows that one task adds: keys kaiming_uniform(a=sqrt 5), values zero, so that a
         fresh layer is the base layer, bit for bit."""
-        W0 = self.base.weight
-        O, D = W0.shape
-        A = nn.init.kaiming_uniform_(W0.new_empty(self.rank, D), a=math.sqrt(5))
-        return {"A": A, "B": W0.new_zeros(self.rank, O)}
+        A = nn.init.kaiming_uniform_(self.empty(self.rank, self.in_features), a=math.sqrt(5))
+        return {"A": A, "B": self.empty(self.rank, self.out_features).zero_()}
 
     def fresh_router(self) -> Tensor:
         """A router's rows (n, D) for the n experts that a task adds: N(0, .02)."""
-        n = self.rank // self.block
-        return self.base.weight.new_empty(n, self.base.in_features).normal_(std=0.02)
+        return self.empty(self.rank // self.block, self.in_features).normal_(std=0.02)
 
     def task_agnostic(self) -> dict[str, Tensor]:
         """What belongs to no task: every task trains it. By default nothing."""
@@ -122,12 +129,16 @@ class Adapter(nn.Module):
     def grow(self) -> None:
         """A task ends: freeze every live row and add fresh ones.
 
-        The fresh rows are new parameters: give them a new optimiser.
+        The fresh rows are new parameters: give them a new optimiser. Raises RuntimeError if the
+        layer is merged, or sharded by FSDP.
         """
-        self.counts = None
+        self.stop_if_merged()
+        refuse_shards(self.B, self.where)
         for name, rows in self.fresh().items():
+            outgrow(getattr(self, name), self)
             setattr(self, f"frozen_{name}", self.rows(name).detach())
             setattr(self, name, rows if name in self.buffer_rows else nn.Parameter(rows))
+        self.end_step()
 
     def after_step(self) -> None:
         """The optimiser has made a step: what the scheme does between steps. By default nothing."""
@@ -151,12 +162,12 @@ class Adapter(nn.Module):
             return F.linear(x, torch.cat([frozen, live]))
         return torch.cat([F.linear(x, frozen), F.linear(x, live)], dim=-1)
 
-    def gate_blocks(self, x: Tensor, expert: Tensor, w: Tensor) -> Gate:
+    def gate_blocks(self, x: Tensor, expert: Tensor, w: Tensor, loss: Tensor | None = None) -> Gate:
         """The gate that keeps whole blocks of ranks: expert (..., k) and their weights w."""
         ranks = torch.arange(self.block, device=x.device)
         idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
         z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
-        return Gate(idx, w.repeat_interleave(self.block, -1), z)
+        return Gate(idx, w.repeat_interleave(self.block, -1), z, loss)
 
     # Sizes and settings
 
@@ -187,44 +198,3 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in {"ranks": self.ranks, **self.settings()}.items())
-
-    # Context: what a gate needs beyond x (adapt.context gives it)
-
-    def needs(self) -> dict[str, range | int]:
-        """The context that the gate needs of each sample, in this mode: by name, the range of
-        an index, or the width of a vector. By default nothing."""
-        return {}
-
-    def given(self, name: str, x: Tensor) -> Tensor:
-        """The context of that name for the samples of x (..., D), which are x's first axes: an
-        index (...) or a vector (..., F), with an axis of 1 for each of x's token axes.
-
-        Raises RuntimeError if there is none, ValueError if it is of other samples than x's, or
-        an index out of its range (looked at on a CPU only: a GPU would have to be waited for).
-        """
-        if name not in self.context:
-            call = f"with context(model, {name}=...): model(x)"
-            raise RuntimeError(f"{type(self).__name__} needs the {name}: {call}")
-        value, need = self.context[name], self.needs()[name]
-        width = () if isinstance(need, range) else (need,)
-        samples = value.shape[: value.ndim - len(width)]
-        if (*samples, *width) != value.shape or samples != x.shape[:-1][: len(samples)]:
-            allowed = f"{tuple(x.shape)}: its first axes" + "".join(f", then {n}" for n in width)
-            raise ValueError(f"{name} is {tuple(value.shape)}, allowed for x {allowed}")
-        look = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        if isinstance(need, range) and look and value.numel():
-            for end in (int(value.min()), int(value.max())):
-                require(end in need, name, end, f"0 to {len(need) - 1}")
-        return value.reshape((*samples, *[1] * (x.ndim - 1 - len(samples)), *width))
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """A grown layer's state loads into a fresh one: frozen rows take the size that comes."""
-        for name in [n for n in self._buffers if n.startswith("frozen_")]:
-            rows, here = state_dict.get(prefix + name), getattr(self, name)
-            if rows is not None and rows.shape[1:] == here.shape[1:]:
-                setattr(self, name, here.new_empty(rows.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out what belongs to one step."""
-        return self.__dict__ | {"aux": None, "counts": None, "context": {}}

@@ -18,10 +18,8 @@ Departures: the paper writes B as (O, r) and its scale as alpha / r; here scale 
 is. No dropout on the adapter's input.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter import Adapter, Claims, Gate
 
@@ -31,45 +29,16 @@ class LoRA(Adapter):
 
     claims = Claims(zero_at_birth=True, granularity="token", as_lora={}, mergeable=True)
 
-    def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
-        super().__init__(base, rank, scale)
-        self.unmerged: Tensor | None
-        self.register_buffer("unmerged", None, persistent=False)  # W0 while merged
-
     def gate(self, x: Tensor) -> Gate:
         return Gate(None, 1.0, self.project(x, "A"))
 
     def active(self) -> int:
-        return self.ranks * (self.base.in_features + self.base.out_features)
+        return self.ranks * (self.in_features + self.out_features)
 
     # What a gate of 1 allows and no other gate does: one matrix holds the whole update.
 
     def merge(self) -> None:
-        """W0 <- W0 + scale · (Aᵀ B)ᵀ. For use only: a merged layer does not train, grow or save."""
-        self._stop_if_merged()
-        W0 = self.base.weight
-        self.unmerged = W0.detach().clone()
+        """W0 <- W0 + scale · (Aᵀ B)ᵀ, until `unmerge`. For use only: a merged layer does not train,
+        grow, save or load. Raises RuntimeError as `require_plain_weight` does."""
         with torch.no_grad():
-            W0 += self.scale * (self.rows("B").T @ self.keys)
-
-    def unmerge(self) -> None:
-        """Put W0 back, bit for bit. Raises RuntimeError if the layer is not merged."""
-        if self.unmerged is None:
-            raise RuntimeError("the layer is not merged")
-        self.base.weight.data.copy_(self.unmerged)
-        self.unmerged = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.unmerged is None else self.base(x)
-
-    def grow(self) -> None:
-        self._stop_if_merged()
-        super().grow()
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self._stop_if_merged()
-        super()._save_to_state_dict(*args)
-
-    def _stop_if_merged(self) -> None:
-        if self.unmerged is not None:
-            raise RuntimeError("the layer is merged: call unmerge() first")
+            self.replace_weight(self.scale * (self.rows("B").T @ self.keys))

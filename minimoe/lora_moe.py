@@ -17,7 +17,6 @@ x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router. R = E·r
 Life: one task trains one new expert and one new router row; all older ones are frozen.
 
 Departures: the paper's experts stand beside the FFN, are not linear, and have one router per task.
-`balance` (off by default) adds the loss of Switch Transformers, `switch_balance`.
 """
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Gate, require
 from .claims import Claims
+from .sparse import widened
 from .tools.parallel import sum_over_processes
 
 
@@ -33,7 +33,7 @@ class LoRAMoE(Adapter):
 
     Args beyond Adapter's:
         top_k: k, experts kept per token, at most all.
-        balance: coefficient of the load-balance loss, left in `aux` in training.
+        balance: coefficient in training of `switch_balance`, Switch Transformers' loss.
         experts: how many a task adds, its r ranks shared out evenly; r of them: single ranks.
 
     Raises ValueError if top_k < 1, balance < 0, or experts does not divide rank.
@@ -59,8 +59,7 @@ class LoRAMoE(Adapter):
     ):
         require(top_k >= 1, "top_k", top_k, "1 or more")
         require(balance >= 0, "balance", balance, "0 or more")
-        divides = experts >= 1 and rank % experts == 0
-        require(divides, "experts", experts, f"a divisor of rank, which is {rank}")
+        require(experts > 0 and rank % experts == 0, "experts", experts, f"divisors of rank {rank}")
         self.top_k, self.balance, self.experts = top_k, balance, experts
         super().__init__(base, rank, scale)
 
@@ -68,24 +67,25 @@ class LoRAMoE(Adapter):
         l = self.project(x, "router")  # (..., E)
         top, expert = l.topk(self.kept)  # (..., k)
         w = top.softmax(-1)
+        loss = None
         if self.training and self.balance:
-            self.aux = self.balance * switch_balance(l, expert)
-        return self.gate_blocks(x, expert, w)
+            loss = self.balance * switch_balance(l, expert, self.mask(x))
+        return self.gate_blocks(x, expert, w, loss)
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.n_experts * D + self.kept * self.block * (D + O)
 
     def fresh(self) -> dict[str, Tensor]:
         return super().fresh() | {"router": self.fresh_router()}
 
 
-def switch_balance(l: Tensor, expert: Tensor) -> Tensor:
-    """E · Σ_e f_e P_e of logits l (..., E) and kept expert (..., k), over all processes: f_e is the
-    share of the kept that are e, P_e the mean of softmax(l)_e (Fedus et al., arXiv 2101.03961,
-    eq. 4-6). 1 where routing is uniform, E where one expert takes all, 0 for an empty batch."""
-    E, k = l.shape[-1], expert.shape[-1]
-    P = l.softmax(-1).reshape(-1, E).sum(0)
-    f = torch.zeros_like(P).scatter_add(0, expert.flatten(), P.new_ones(expert.numel()))
+def switch_balance(l: Tensor, expert: Tensor, mask: Tensor) -> Tensor:
+    """E · Σ_e f_e P_e of logits l (..., E) and kept expert (..., k), over tokens of mask (...) 1 in
+    all processes: f_e is the share of the kept that are e, P_e the mean of softmax(l)_e (Fedus et
+    al., arXiv 2101.03961, eq. 4-6). 1 if routing is uniform, E if one takes all, 0 if no tokens."""
+    E, k, m = l.shape[-1], expert.shape[-1], mask.unsqueeze(-1)
+    P = (m * widened(l).softmax(-1)).reshape(-1, E).sum(0)
+    f = torch.zeros_like(P).scatter_add(0, expert.flatten(), m.to(P).expand_as(expert).flatten())
     f, P, kept = sum_over_processes(torch.cat([f, P, f.sum(0, keepdim=True)])).split([E, E, 1])
     return E * (f / kept.clamp_min(1) * (k * P / kept.clamp_min(1))).sum()

@@ -87,5 +87,5 @@ class MoRA(Adapter):
         return Gate(idx, w.detach() if self.detach_gate else w, z)
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * D + self.kept * O

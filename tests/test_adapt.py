@@ -8,7 +8,7 @@ from minimoe import LoRA, LoRAMoE, MoRA
 from minimoe.adapt import (
     adapt,
     adapters,
-    aux_loss,
+    context,
     count,
     grow,
     load,
@@ -26,6 +26,12 @@ SCHEMES = {
 }
 
 
+@torch.no_grad()
+def randomised(net):
+    """All that the adapters have learned, at random values."""
+    load_state(net, {name: torch.randn_like(tensor) for name, tensor in state(net).items()})
+
+
 def model(scheme=MoRA, targets=r"\d\.fc[12]", tasks=1, **settings):
     class Block(nn.Module):
         def __init__(self):
@@ -40,8 +46,7 @@ def model(scheme=MoRA, targets=r"\d\.fc[12]", tasks=1, **settings):
         adapt(net, scheme, targets, rank=2, **settings)
         for _ in range(tasks - 1):
             grow(net)
-        for tensor in state(net).values():
-            tensor.normal_()
+        randomised(net)
     return net
 
 
@@ -84,8 +89,7 @@ def test_a_transformers_fused_path_does_not_skip_the_adapters(mask):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     net = nn.TransformerEncoder(layer, 2).eval()
     adapt(net, LoRA, r".*linear[12]", rank=2)
-    for tensor in state(net).values():
-        tensor.normal_()
+    randomised(net)
     x, padding = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
     padding[1, 3:] = True
     with torch.no_grad():
@@ -121,11 +125,11 @@ def test_a_misspelt_setting_is_refused():
 
 def test_auxiliary_losses_add_up():
     net = model(LoRAMoE, balance=0.25)
-    assert aux_loss(net) == 0.0
-    net(torch.randn(8, 6))
+    with context(net) as batch:
+        assert batch.aux_loss == 0.0
+        net(torch.randn(8, 6))
     # one expert each: f = P = 1, so four layers at .25
-    assert torch.isclose(aux_loss(net), torch.tensor(1.0))
-    assert aux_loss(model(LoRA)) == 0.0
+    assert torch.isclose(batch.aux_loss, torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -137,13 +141,12 @@ def test_adapters_alone_are_saved_and_load_into_a_fresh_model_after_grow(name, t
     adapt(fresh, scheme, r"\d\.fc[12]", rank=2, **settings)
     for _ in range(2):
         grow(net)
-    for tensor in state(net).values():
-        tensor.normal_()
+    randomised(net)
     save(net, tmp_path / "a.safetensors")
     load(fresh, tmp_path / "a.safetensors")
     x = torch.randn(7, 6)
-    y = net(x)
-    assert torch.equal(fresh(x), y)
+    y = net.eval()(x)
+    assert torch.equal(fresh.eval()(x), y)
     grow(net)
     load(net, tmp_path / "a.safetensors")  # back to before the growing
     assert torch.equal(net(x), y)

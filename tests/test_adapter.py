@@ -10,7 +10,7 @@ from layers import arrays, context_of, filled, grown, network, own, tokens_each
 from torch import nn
 
 from minimoe import LoRAMoE, MoRA
-from minimoe.adapt import WithContext, adapt, adapters, aux_loss, context, grow
+from minimoe.adapt import WithContext, adapt, adapters, context, grow
 from minimoe.roster import SCHEMES
 from minimoe.schemes.mocle import MoCLE
 
@@ -35,8 +35,8 @@ class TestContext:
         x = torch.randn(*samples, *tokens, 7, dtype=torch.float64)
         given, flat = context_of(layer, *samples), x.reshape(-1, 7)
         each = tokens_each(given, samples, tokens)
-        with context(layer, **given):
-            y, aux = layer(x), layer.aux
+        with context(layer, **given) as batch:
+            y, aux = layer(x), batch.aux_loss
         with context(layer, **each):
             assert torch.allclose(y.reshape(-1, 5), layer(flat), rtol=0, atol=1e-12)
         if hasattr(own(name)[1], "AUX"):
@@ -77,7 +77,8 @@ class TestContext:
     def test_context_of_other_samples_is_refused(self, name, given, x, allowed):
         layer, what = grown(name), NEEDS[name]
         value = torch.zeros(given, dtype=torch.float64 if name == "mor1e" else torch.int64)
-        message = re.escape(f"{what} is {given}, allowed for x {x}: {allowed}")
+        kind = type(layer).__name__
+        message = re.escape(f"{kind}: {what} is {given}, allowed for x {x}: {allowed}")
         with pytest.raises(ValueError, match=f"^{message}$"), context(layer, **{what: value}):
             layer(torch.zeros(x, dtype=torch.float64))
 
@@ -159,9 +160,10 @@ class TestContext:
             for given in (context_of(net.fc1, 4), context_of(net.fc1, 4)):
                 both = []
                 for model in (compiled, net):
-                    with context(net, **given):
+                    with context(net, **given) as batch:
                         y = model(x)
-                    both.append(torch.cat([y.flatten(), torch.as_tensor(aux_loss(net)).view(1)]))
+                        aux = torch.as_tensor(batch.aux_loss).view(1)
+                    both.append(torch.cat([y.flatten(), aux]))
                 assert torch.allclose(*both, atol=1e-5)
                 found.append(both[0])
         assert not torch.allclose(*found, atol=1e-3)
@@ -183,7 +185,7 @@ class StrayRanks(MoRA):
     stray = 0
 
     def gate(self, x):
-        idx, weight, z = super().gate(x)
+        idx, weight, z, *_ = super().gate(x)
         return idx + self.stray, weight, z
 
 

@@ -12,7 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "minimoe"
 FLOORS = [
     {"tools"},
     {"sparse", "kernels", "claims"},
+    {"context"},
+    {"wrapped"},
     {"adapter"},
+    {"saving"},
     {"", "lora", "lora_moe", "mora", "adapt"},
     {"continual"},
     {"schemes"},

@@ -61,7 +61,7 @@ assert (A.shape, B.shape, W.shape) == ((12, 16), (12, 12), (3, 16))
 
 x = torch.randn(40, 16)
 with torch.no_grad():
-    idx, g, z = layer.gate(x)
+    idx, g, z, *_ = layer.gate(x)
     assert idx.shape == g.shape == z.shape == (40, 8)  # the ranks of two experts, for each input
 
     logits = x @ W.T  # (40, 3)

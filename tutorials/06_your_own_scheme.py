@@ -221,7 +221,7 @@ else:
 layer, x = case.layer(top_k=1), case.x()
 print(layer)
 with torch.no_grad():
-    idx, w, z = layer.gate(x)
+    idx, w, z, *_ = layer.gate(x)
     print("what all ranks see", (x @ layer.keys.T).numpy().round(3))
     print("kept", idx.tolist(), "weight", w.numpy().round(3), "where 1 is claimed")
 assert layer.ranks > 1

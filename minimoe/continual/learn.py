@@ -18,7 +18,7 @@ from ..adapt import (
     WithContext,
     adapt,
     after_step,
-    aux_loss,
+    context,
     count,
     grow,
     load_state,
@@ -112,7 +112,8 @@ def train(
         for batch in torch.randperm(len(y), generator=order).to(y.device).split(BATCH):
             rows = batch[mine]
             share = len(rows) * parallel.processes() / len(batch)  # 1, but for a last batch
-            total = share * loss(model(x[rows]), y[rows]) + aux_loss(model)
+            with context(model) as batch:
+                total = share * loss(model(x[rows]), y[rows]) + batch.aux_loss
             step += 1
             if not torch.isfinite(total):
                 raise FloatingPointError(f"{where}, step {step}: the loss is {total.item()}")

@@ -134,6 +134,6 @@ def _set(layer: Any, rows: dict[str, list[Tensor]]) -> Any:
     state = layer.state_dict()
     for name, tasks in rows.items():
         *frozen, state[name] = tasks
-        state[f"frozen_{name}"] = torch.cat([state[f"frozen_{name}"][:0], *frozen])
+        state[f"frozen_{name}"] = torch.cat([tasks[0][:0], *frozen])
     layer.load_state_dict(state)
     return layer

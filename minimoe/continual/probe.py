@@ -37,7 +37,7 @@ from .metrics import mean_or_nan
 
 def dense_gate(layer: Adapter, x: Tensor) -> Tensor:
     """g of every rank, kept or not: (..., R) for x (..., D)."""
-    idx, g, z = layer.gate(x)
+    idx, g, z, *_ = layer.gate(layer.samples_first(layer.cast(x)))
     g = torch.as_tensor(g, dtype=z.dtype, device=z.device).expand(z.shape)
     if idx is None:
         return g

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt import adapters, context
+from ..adapt import Batch, adapters, context
 from ..adapter import Adapter
 from ..claims import Claims
 from ..continual.probe import dense_gate
@@ -97,7 +97,7 @@ class Case:
         with self.context(layer, x):
             return layer(x)
 
-    def context(self, layer: Any, x: Tensor) -> contextlib.AbstractContextManager[None]:
+    def context(self, layer: Any, x: Tensor) -> contextlib.AbstractContextManager[Batch]:
         """Inside, layer has the context that it needs (adapt.context) for each sample of x. A
         sample's context depends on that sample alone, and a small change of x does not change it.
         So a law may treat the layer as any function of x."""
@@ -171,6 +171,11 @@ def live(layer: Adapter) -> dict[str, nn.Parameter]:
         for name, parameter in layer.named_parameters()
         if parameter.requires_grad and not name.startswith("base.")
     }
+
+
+def tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, by name; of the base, as "base.NAME"."""
+    return {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
 
 
 def noiseless(case: Case, x: Tensor) -> Case:

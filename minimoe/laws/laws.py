@@ -34,6 +34,7 @@ from .case import (
     noiseless,
     nudged,
     same_bits,
+    tensors,
 )
 
 HUGE = 1e60  # no sum of float64 in which this takes part stays the same
@@ -81,7 +82,7 @@ def equation(case: Case) -> None:
     layer = case.layer(**settings)
     torch.manual_seed(case.seed + 3)
     with case.context(layer, x):
-        idx, g, z = layer.gate(x)
+        idx, g, z, *_ = layer.gate(x)
     idx = torch.arange(layer.ranks).expand(case.T, -1) if idx is None else idx
     near(z, (x @ layer.keys.T).gather(-1, idx), "z as gate gives it", "x Aᵀ")
     want = layer.base(x) + layer.scale * torch.einsum("tk,tko->to", g * z, layer.rows("B")[idx])
@@ -194,18 +195,19 @@ def only_live_learns(case: Case) -> None:
     Base and frozen rows keep every bit. A frozen rank that moves is forgetting that no figure
     shows. A parameter without a gradient stops data-parallel training."""
     layer = case.layer().train()
-    before = copy.deepcopy(layer.state_dict())
+    before = copy.deepcopy(tensors(layer))
     optimiser = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1)
     for step in range(3):
         optimiser.zero_grad()
-        loss = case.run(case.x((case.T + step,)), layer).square().mean()
-        (loss if layer.aux is None else loss + layer.aux).backward()
+        x = case.x((case.T + step,))
+        with case.context(layer, x) as batch:
+            (case.run(x, layer).square().mean() + batch.aux_loss).backward()
         optimiser.step()
         layer.after_step()
     for name, parameter in live(layer).items():
         if parameter.grad is None:
             raise Broken(f"{name} has no gradient")
-    for name, tensor in layer.state_dict().items():
+    for name, tensor in tensors(layer).items():
         if name.startswith(("base.", "frozen_")):
             same_bits(tensor, before[name], f"{name} after 3 steps", "before")
 
@@ -217,9 +219,9 @@ def grow_keeps(case: Case) -> None:
     stays rank i, so that what is known of it (which task it is from, how often it was chosen) stays
     true."""
     layer = case.layer()
-    before, ranks = copy.deepcopy(layer.state_dict()), layer.ranks
+    before, ranks = copy.deepcopy(tensors(layer)), layer.ranks
     layer.grow()
-    after = layer.state_dict()
+    after = tensors(layer)
     for name, tensor in before.items():
         if name.startswith("base."):
             same_bits(after[name], tensor, f"{name} after grow", "before")
@@ -266,7 +268,7 @@ def eval_is_still(case: Case) -> None:
     either mode is the same model. (Merging hidden in eval() cost the first LoRA library years of
     bugs.)"""
     layer, x = case.layer().train(), case.x()
-    before = copy.deepcopy(layer.state_dict())
+    before = copy.deepcopy(tensors(layer))
     layer.eval()
     with case.context(layer, x):
         torch.manual_seed(case.seed + 3)
@@ -274,7 +276,7 @@ def eval_is_still(case: Case) -> None:
         torch.manual_seed(case.seed + 4)
         same_bits(layer(x), first, "y in evaluation, again", "y in evaluation")
     for mode in ("eval", "train"):
-        now = getattr(layer, mode)().state_dict()
+        now = tensors(getattr(layer, mode)())
         for name, tensor in before.items():
             same_bits(now[name], tensor, f"{name} after {mode}()", "before")
 
@@ -414,7 +416,7 @@ def active_is_read(case: Case) -> None:
     layer = noiseless(case, case.x()).layer()
     own = [
         (tensor, tensor.clone())
-        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]
+        for name, tensor in tensors(layer).items()
         if not name.startswith("base.") and tensor.is_floating_point()
     ]
 

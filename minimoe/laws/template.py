@@ -35,4 +35,4 @@ class NewScheme(Adapter):
         return Gate(None, g, z)  # to keep K of R ranks: Gate(idx, g, z at idx), each (..., K)
 
     def active(self) -> int:
-        return self.ranks * (self.base.in_features + self.base.out_features)
+        return self.ranks * (self.in_features + self.out_features)

@@ -5,7 +5,7 @@ Overcoming catastrophic forgetting in neural networks. Kirkpatrick et al., arXiv
 Dense LoRA's equation, g = 1 (lora.py), without growth, and in training a penalty on leaving the
 weights theta*_t at which a task t ended, by the diagonal F_t of its Fisher information:
 
-    aux = importance / 2 · Σ over tasks t and weights i of F_t,i (theta_i - theta*_t,i)²
+    penalty = importance / 2 · Σ over tasks t and weights i of F_t,i (theta_i - theta*_t,i)²
 
 Kept are ΣF = Σ_t F_t and the mean of the theta*_t weighted by F_t, theta*: up to a constant,
 ΣF (theta - theta*)² is the sum of them all.
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import adapters, parameters
-from ..adapter import Gate, require
+from ..adapter import require
 from ..continual.learn import AdapterLearner, Fit
 from ..continual.streams import Stream
 from ..lora import LoRA
+from ..sparse import widened
 
 WEIGHTS = ("A", "B")
 
@@ -39,7 +40,7 @@ class EWC(LoRA):
     others are ΣF and theta*).
 
     Args beyond LoRA's:
-        importance: coefficient of the penalty, left in `aux` in training.
+        importance: coefficient of the penalty.
 
     Raises ValueError if importance < 0.
     """
@@ -53,17 +54,10 @@ class EWC(LoRA):
         super().__init__(base, rank, scale)
         self.importance = importance
 
-    def gate(self, x: Tensor) -> Gate:
-        if self.training:
-            each = [
-                (
-                    getattr(self, f"fisher_{w}")
-                    * (getattr(self, w) - getattr(self, f"anchor_{w}")) ** 2
-                )
-                for w in WEIGHTS
-            ]
-            self.aux = self.importance / 2 * sum(part.sum() for part in each)
-        return super().gate(x)
+    def penalty(self) -> Tensor:
+        left = {w: widened(getattr(self, w) - getattr(self, f"anchor_{w}")) for w in WEIGHTS}
+        each = [(getattr(self, f"fisher_{w}") * left[w].square()).sum() for w in WEIGHTS]
+        return self.importance / 2 * (each[0] + each[1])
 
     @torch.no_grad()
     def consolidate(self, fisher: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, b (R,) biases; each rank is an expert: E = R,
 K = k.
 
-Balance, without a loss: after each step, c being how often each rank was chosen in it,
+Balance, without a loss: after each step, c being how often each rank was chosen since the last,
 
     b <- b + u · sign(mean(c) - c)          for the live ranks
 
@@ -49,8 +49,8 @@ class FlyLoRA(Adapter):
     """
 
     claims = Claims(zero_at_birth=True, granularity="token", top_k=True, as_lora={})
-    buffer_rows = ("A", "bias")
-    bias: Tensor
+    buffer_rows = ("A", "expert_bias")
+    expert_bias: Tensor
 
     def __init__(
         self,
@@ -68,15 +68,14 @@ class FlyLoRA(Adapter):
 
     def gate(self, x: Tensor) -> Gate:
         z = self.project(x, "A")  # (..., R)
-        score = z + self.rows("bias")
+        score = z + self.rows("expert_bias")
         score = score if self.signed else score.abs()
         idx = score.topk(self.kept).indices  # (..., k)
-        if self.training:
-            self.counts = chosen(idx, self.ranks)
-        return Gate(idx, 1.0, z.gather(-1, idx))
+        counts = chosen(idx, self.ranks, self.mask(x)) if self.training else None
+        return Gate(idx, 1.0, z.gather(-1, idx), counts=counts)
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         biases = self.ranks if self.kept < self.ranks else 0  # read where there is a choice
         return self.ranks * D + self.kept * O + biases
 
@@ -87,7 +86,7 @@ class FlyLoRA(Adapter):
         places = torch.rand(r, D, device=rows["A"].device).argsort(-1)[:, :p]
         values = rows["A"].new_empty(r, p).normal_(std=1 / r)
         A = torch.zeros_like(rows["A"]).scatter_(1, places, values)
-        return {"A": A, "B": rows["B"], "bias": rows["B"].new_zeros(r)}
+        return {"A": A, "B": rows["B"], "expert_bias": self.empty(r).zero_()}
 
     def after_step(self) -> None:
         rebalance(self)

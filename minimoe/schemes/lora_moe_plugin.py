@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
+from ..sparse import widened
 from ..tools.parallel import sum_over_processes
 
 
@@ -44,7 +45,7 @@ class LoRAMoEPlugin(Adapter):
     """A dense router over whole LoRAs. Parameters: R (D + O) + E D, all of them active.
 
     Args beyond Adapter's (the default scale is the paper's alpha / r = 32 / 4):
-        balance: coefficient of the localized balancing, left in `aux` in training.
+        balance: coefficient of the localized balancing, in training; 0 needs no label.
         delta: how far the importance of an expert's own type is from that of others, in [0, 1].
 
     Needs, in training, the context label (...), the task of each sample, from 0 to E - 1.
@@ -74,30 +75,32 @@ class LoRAMoEPlugin(Adapter):
 
     def gate(self, x: Tensor) -> Gate:
         w = self.project(x, "router").softmax(-1)  # (..., E)
-        if self.training:
-            label = self.given("label", x).flatten()  # (samples,)
-            tokens = w[..., 0].numel() // max(len(label), 1)
-            Q = w.reshape(len(label), tokens, w.shape[-1]).sum(1)  # (samples, E)
-            self.aux = self.balance * localized_balance(Q, label, self.delta)
-        return Gate(None, w.repeat_interleave(self.block, -1), self.project(x, "A"))
+        loss = None
+        if self.training and self.balance:
+            label, mask = self.given("label", x).flatten(), self.mask(x)  # (samples,)
+            m = mask.reshape(len(label), mask.numel() // max(len(label), 1), 1)
+            Q = (m * widened(w).reshape(*m.shape[:2], w.shape[-1])).sum(1)  # (samples, E)
+            loss = self.balance * localized_balance(Q, label, self.delta, (m.sum((1, 2)) > 0).to(Q))
+        return Gate(None, w.repeat_interleave(self.block, -1), self.project(x, "A"), loss)
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.n_experts * D + self.ranks * (D + O)
 
     def fresh(self) -> dict[str, Tensor]:
         return super().fresh() | {"router": self.fresh_router()}
 
     def needs(self) -> dict[str, range | int]:
-        return {"label": range(self.n_experts)} if self.training else {}
+        return {"label": range(self.n_experts)} if self.training and self.balance else {}
 
 
-def localized_balance(Q: Tensor, label: Tensor, delta: float) -> Tensor:
-    """var(I ⊙ Q) / mean(I ⊙ Q) for Q (samples, E) and label (samples,), over all processes."""
+def localized_balance(Q: Tensor, label: Tensor, delta: float, mask: Tensor) -> Tensor:
+    """var(I ⊙ Q) / mean(I ⊙ Q) for Q (samples, E) and label (samples,), over the samples of all
+    processes where mask (samples,) is 1."""
     own = label.unsqueeze(-1) == torch.arange(Q.shape[-1], device=Q.device)
-    Q = Q.to(torch.promote_types(Q.dtype, torch.float32))
-    Z = torch.where(own, (1 + delta) * Q, (1 - delta) * Q)
-    n, total = sum_over_processes(torch.stack([Z.new_tensor(float(Z.numel())), Z.sum()]))
+    m = mask.to(Q).unsqueeze(-1)
+    Z = m * torch.where(own, (1 + delta) * Q, (1 - delta) * Q)
+    n, total = sum_over_processes(torch.stack([m.expand_as(Z).sum(), Z.sum()]))
     mean = total / n.clamp_min(1)
-    var = sum_over_processes((Z - mean).square().sum()) / n.clamp_min(1)
+    var = sum_over_processes((m * (Z - mean).square()).sum()) / n.clamp_min(1)
     return var / mean.clamp_min(1e-30)

@@ -16,7 +16,7 @@ and K = k·r.
 
 Supervision, in training: the `label` of a sample is the LoRA that it is for, and
 
-    aux = supervision · mean over tokens of the cross-entropy of l with the label
+    loss = supervision · mean over layers and tokens of the cross-entropy of l with the label
 
 Life: one task trains one new expert and its router row; all older ones are frozen.
 
@@ -26,11 +26,13 @@ every label is the same, which a row satisfies by being large: here the method i
 element.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
+from ..sparse import widened
 from ..tools.parallel import sum_over_processes
 
 
@@ -40,7 +42,7 @@ class MeteoRA(Adapter):
     Args beyond Adapter's:
         top_k: k, experts kept per token, at most all.
         tau: temperature of the softmax.
-        supervision: coefficient of the cross-entropy, left in `aux` in training.
+        supervision: coefficient of the cross-entropy, in training; 0 needs no label.
 
     Needs, in training, the context label (...), the expert of each sample, from 0 to E - 1.
     Raises ValueError if top_k < 1, supervision < 0, or tau is not above 0.
@@ -54,6 +56,7 @@ class MeteoRA(Adapter):
         simplex=True,
         as_lora={"router": 0.0},
     )
+    mean_over_layers = True
 
     def __init__(
         self,
@@ -74,25 +77,27 @@ class MeteoRA(Adapter):
         l = self.project(x, "router")  # (..., E)
         top, expert = l.topk(self.kept)  # (..., k)
         w = (top / self.tau).softmax(-1)
-        if self.training:
+        loss = None
+        if self.training and self.supervision:
             label = self.given("label", x).expand(x.shape[:-1])
-            self.aux = self.supervision * label_loss(l, label)
-        return self.gate_blocks(x, expert, w)
+            loss = self.supervision * label_loss(l, label, self.mask(x))
+        return self.gate_blocks(x, expert, w, loss)
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.n_experts * D + self.kept * self.block * (D + O)
 
     def fresh(self) -> dict[str, Tensor]:
         return super().fresh() | {"router": self.fresh_router()}
 
     def needs(self) -> dict[str, range | int]:
-        return {"label": range(self.n_experts)} if self.training else {}
+        return {"label": range(self.n_experts)} if self.training and self.supervision else {}
 
 
-def label_loss(l: Tensor, label: Tensor) -> Tensor:
+def label_loss(l: Tensor, label: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of logits l (..., E) with label (...): the mean over the tokens of all
-    processes, 0 for an empty batch."""
-    loss = F.cross_entropy(l.reshape(-1, l.shape[-1]), label.flatten().long(), reduction="sum")
-    tokens = sum_over_processes(loss.new_tensor(float(label.numel())))
-    return sum_over_processes(loss) / tokens.clamp_min(1)
+    processes where mask (...) is 1, 0 for an empty batch."""
+    each = F.cross_entropy(widened(l).reshape(-1, l.shape[-1]), label.flatten(), reduction="none")
+    m = mask.to(each).flatten()
+    total, tokens = sum_over_processes(torch.stack([(m * each).sum(), m.sum()]))
+    return total / tokens.clamp_min(1)

@@ -83,13 +83,13 @@ class MoCLE(Adapter):
         e, G, _ = (t.expand(*x.shape[:-1], 1) for t in self.choose(x))
         return self.gate_blocks(x, e, G)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def update(self, x: Tensor) -> Tensor:
         _, _, rest = self.choose(x)
         universal = self.scale * rest * F.linear(F.linear(x, self.UA), self.UB.T)
-        return super().forward(x) + universal
+        return super().update(x) + universal
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return 2 * self.block * (D + O) + (self.n_experts + 1) * self.embedding
 
     def fresh(self) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class MoR1E(Adapter):
         return Gate(None, g, self.project(x, "A"))
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * (2 * D + O + self.embedding) + 2
 
     def fresh(self) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class MoR1E(Adapter):
         return rows | {"router": torch.zeros_like(rows["A"]), "centres": centres}
 
     def task_agnostic(self) -> dict[str, Tensor]:
-        return {name: self.base.weight.new_zeros(1) for name in ("w1", "w2")}
+        return {name: self.empty(1).zero_() for name in ("w1", "w2")}
 
     def needs(self) -> dict[str, range | int]:
         return {"embedding": self.embedding}

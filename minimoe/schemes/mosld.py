@@ -81,7 +81,7 @@ class MoSLD(Adapter):
         return Gate(idx, w.repeat_interleave(self.block, -1), z)
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.block * D + self.n_experts * D + self.kept * self.block * O
 
     def fresh(self) -> dict[str, Tensor]:

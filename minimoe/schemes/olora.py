@@ -5,7 +5,7 @@ Orthogonal Subspace Learning for Language Model Continual Learning. Wang et al.,
 Dense LoRA's equation, g = 1 (lora.py), and in training a penalty on keys that share directions
 with those of older tasks:
 
-    aux = orthogonality · Σ over old ranks i and live ranks j of |A_i · A_j|
+    penalty = orthogonality · Σ over old ranks i and live ranks j of (A_i · A_j)²          (eq. 8)
 
 0 iff the new keys are orthogonal to all old ones: then what a task trains does not answer to the
 directions that older tasks' keys read.
@@ -14,21 +14,23 @@ Axes: R ranks in all, r ranks per task, D in, O out. A (R, D) keys, B (R, O) val
 
 Life: one task trains r new ranks; all older ones are frozen, and speak on.
 
-Departures: the paper's second penalty, on the size of the new keys, is left out, as its coefficient
-is 0 in most of its experiments.
+Departures: the authors' code sums |A_i · A_j|, which the paper does not: this is the paper's form.
+The paper's second penalty, on the size of the new keys, is left out, as its coefficient is 0 in
+most of its experiments.
 """
 
 from torch import Tensor, nn
 
-from ..adapter import Gate, require
+from ..adapter import require
 from ..lora import LoRA
+from ..sparse import widened
 
 
 class OLoRA(LoRA):
     """LoRA that grows into free directions. Parameters: R (D + O), all of them active.
 
     Args beyond LoRA's:
-        orthogonality: coefficient of the penalty, left in `aux` in training.
+        orthogonality: coefficient of the penalty.
 
     Raises ValueError if orthogonality < 0.
     """
@@ -40,7 +42,5 @@ class OLoRA(LoRA):
         super().__init__(base, rank, scale)
         self.orthogonality = orthogonality
 
-    def gate(self, x: Tensor) -> Gate:
-        if self.training:
-            self.aux = self.orthogonality * (self.frozen_A @ self.A.T).abs().sum()
-        return super().gate(x)
+    def penalty(self) -> Tensor:
+        return self.orthogonality * (widened(self.frozen_A) @ widened(self.A).T).square().sum()

@@ -5,7 +5,7 @@ arXiv 2403.18886.
 
 The one equation, with one weight per block of ranks, the same for all tokens of a sample:
 
-    m = mean over the sample's tokens of x
+    m = mean over the sample's tokens of x, padding left out
     z = x Aᵀ
     w = softmax(m Wᵀ)                       one weight per expert; they sum to 1
     g = w_e for each rank of expert e
@@ -23,8 +23,8 @@ Each expert has a descriptor, a linear autoencoder of what the layer saw while i
     expand iff  min over e of (mean over samples of s_e) > threshold
 
 Life (`SEMALearner`): for a new task, layer by layer from the input on, if `surprised`, then `grow`,
-train the new expert and router row, then the live descriptor (its loss is left in `aux` in
-training), then `settle`. A layer that is not surprised stays as it is. If none is, nothing trains.
+train the new expert and router row, then the live descriptor (its loss is the mean of eps_e over
+samples), then `settle`. A layer that is not surprised stays as it is. If none is, nothing trains.
 
 Departures: the paper's experts are adapters beside a transformer's MLP; these are LoRAs of any
 linear layer. Its head goes on training; the class embeddings here are frozen.
@@ -40,6 +40,7 @@ from ..adapter import Adapter, Gate, require
 from ..claims import Claims
 from ..continual.learn import AdapterLearner, Fit
 from ..continual.streams import Stream, Task
+from ..sparse import widened
 from ..tools.parallel import sum_over_processes
 
 
@@ -82,26 +83,28 @@ class SEMA(Adapter):
         super().__init__(base, rank, scale)
 
     def gate(self, x: Tensor) -> Gate:
-        m = sample_mean(x)
+        m, weight = sample_mean(x, self.mask(x))
         w = self.project(m, "router").softmax(-1)  # (..., E), 1 for each token axis
+        loss = None
         if self.training:
             eps = self.errors(m.detach())[..., -1]  # of the live descriptor
-            n = sum_over_processes(eps.new_tensor(float(eps.numel()))).clamp_min(1)
-            self.aux = sum_over_processes(eps.sum()) / n
+            sums = torch.stack([(weight * eps).sum(), weight.sum().to(eps)])
+            total, n = sum_over_processes(sums)
+            loss = total / n.clamp_min(1)
         g = w.repeat_interleave(self.block, -1).expand(*x.shape[:-1], self.ranks)
-        return Gate(None, g, self.project(x, "A"))
+        return Gate(None, g, self.project(x, "A"), loss)
 
     def errors(self, m: Tensor) -> Tensor:
         """eps (..., E) of every expert's descriptor, for m (..., D)."""
         code = self.project(m, "P").unflatten(-1, (-1, self.width))  # (..., E, h)
         decoders = self.rows("Q").unflatten(0, (-1, self.width))  # (E, h, D)
         again = torch.einsum("...eh,ehd->...ed", code, decoders)
-        return (m.unsqueeze(-2) - again).square().mean(-1)
+        return widened(m.unsqueeze(-2) - again).square().mean(-1)
 
     @torch.no_grad()
     def surprised(self, x: Tensor) -> bool:
         """Whether no descriptor knows x (..., D), the layer's inputs from a new task."""
-        eps = self.errors(sample_mean(x)).reshape(-1, self.n_experts)
+        eps = self.errors(sample_mean(x, self.mask(x))[0]).reshape(-1, self.n_experts)
         sigma = self.rows("sigma").clamp_min(torch.finfo(eps.dtype).tiny)
         s = (eps - self.rows("mu")).abs() / sigma  # (samples, E)
         return bool(s.mean(0).min() > self.threshold)
@@ -109,26 +112,32 @@ class SEMA(Adapter):
     @torch.no_grad()
     def settle(self, x: Tensor) -> None:
         """Set mu and sigma of the live descriptor by x (..., D), what it was trained on."""
-        eps = self.errors(sample_mean(x))[..., -1].flatten()
+        eps = self.errors(sample_mean(x, self.mask(x))[0])[..., -1].flatten()
         if len(eps) > 2:
             self.mu, self.sigma = eps.mean().view(1), eps.std().view(1)
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * (D + O) + self.n_experts * D
 
     def fresh(self) -> dict[str, Tensor]:
         rows = super().fresh()
-        D, router = self.base.in_features, self.fresh_router()
+        D, router = self.in_features, self.fresh_router()
         P, Q = (nn.init.xavier_uniform_(rows["A"].new_empty(self.width, D)) for _ in range(2))
         # not settled yet: an infinite deviation, so that s = 0
         mu, sigma = router.new_zeros(1), router.new_full((1,), torch.inf)
         return rows | {"router": router, "P": P, "Q": Q, "mu": mu, "sigma": sigma}
 
 
-def sample_mean(x: Tensor) -> Tensor:
-    """m: the mean of x (samples, tokens, D) over tokens, as (samples, 1, D)."""
-    return x.mean(tuple(range(1, x.ndim - 1)), keepdim=True) if x.ndim > 2 else x
+def sample_mean(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """m (samples, 1, D): the mean of x (samples, tokens, D) over the tokens where mask is 1; and
+    (samples, 1) 1 for a sample that has such tokens, else 0."""
+    if x.ndim < 3:
+        return x, mask
+    tokens, wide = tuple(range(1, x.ndim - 1)), widened(x)
+    n = mask.sum(tokens, keepdim=True)
+    m = (wide * mask.unsqueeze(-1)).sum(tokens, keepdim=True) / n.clamp_min(1).unsqueeze(-1)
+    return m.to(x.dtype), n.clamp_max(1)
 
 
 class SEMALearner(AdapterLearner):

@@ -15,7 +15,7 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (R, D) router, b (R,) biases; each rank is
 an expert: E = R, K = k.
 
-Balance, without a loss: after each step, c being how often each rank was chosen in it,
+Balance, without a loss: after each step, c being how often each rank was chosen since the last,
 
     b <- b + u · sign(mean(c) - c)          for the live ranks
 
@@ -52,10 +52,10 @@ class SMoRA(Adapter):
         granularity="token",
         top_k=True,
         simplex="kept",
-        as_lora={"router": 0.0, "bias": 0.0},
+        as_lora={"router": 0.0, "expert_bias": 0.0},
     )
-    buffer_rows = ("bias",)
-    bias: Tensor
+    buffer_rows = ("expert_bias",)
+    expert_bias: Tensor
 
     def __init__(
         self,
@@ -73,37 +73,37 @@ class SMoRA(Adapter):
     def gate(self, x: Tensor) -> Gate:
         l = self.project(x, "router")  # (..., R), of which 16 bits lose the small sigmoids
         s = widened(l).sigmoid()
-        top, idx = (s + self.rows("bias")).topk(self.kept)  # (..., k)
+        top, idx = (s + self.rows("expert_bias")).topk(self.kept)  # (..., k)
         total = top.sum(-1, keepdim=True)
         g = top.shape[-1] * top / total.where(total != 0, 1)  # 0 where all s are
-        if self.training:
-            self.counts = chosen(idx, self.ranks)
-        return Gate(idx, g, rank_scores(x, idx, self.frozen_A, self.A, self.path))
+        counts = chosen(idx, self.ranks, self.mask(x)) if self.training else None
+        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
+        return Gate(idx, g, z, counts=counts)
 
     def active(self) -> int:
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * (D + 1) + self.kept * (D + O)
 
     def fresh(self) -> dict[str, Tensor]:
         rows = super().fresh()
-        return rows | {"router": self.fresh_router(), "bias": rows["A"].new_zeros(self.rank)}
+        return rows | {"router": self.fresh_router(), "expert_bias": self.empty(self.rank).zero_()}
 
     def after_step(self) -> None:
         rebalance(self)
 
 
-def chosen(idx: Tensor, R: int) -> Tensor:
-    """c (R,): how often each rank is in idx (..., K)."""
-    kept = idx.flatten()
-    c = torch.zeros(R, device=idx.device)
-    return c.scatter_add(0, kept, torch.ones_like(kept, dtype=c.dtype))
+def chosen(idx: Tensor, R: int, mask: Tensor) -> Tensor:
+    """c (R,) int64: how often each rank is in idx (..., K), where mask (...) is 1."""
+    each = mask.long().unsqueeze(-1).expand_as(idx).flatten()
+    return torch.zeros(R, dtype=torch.int64, device=idx.device).scatter_add(0, idx.flatten(), each)
 
 
 @torch.no_grad()
 def rebalance(layer: Any) -> None:
-    """b <- b + u · sign(mean(c) - c) for a layer's live ranks, c (R,) being its `counts` of the
-    last step, summed over processes, and u its `rate`. Twice in a step is once."""
+    """b <- b + u · sign(mean(c) - c) for a layer's live ranks, c (R,) being its `counts` since the
+    last step, summed over processes, and u its `rate`. Twice after a step is once."""
     if layer.counts is not None:
         c = sum_over_processes(layer.counts)
-        layer.counts, live = None, layer.bias
-        live += layer.rate * (c.mean() - c).sign()[-len(live) :]
+        layer.end_step()
+        live = layer.expert_bias
+        live += layer.rate * (c.sum() - len(c) * c).sign()[-len(live) :]

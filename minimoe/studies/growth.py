@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapt import adapt, aux_loss, count, grow, parameters
+from ..adapt import adapt, context, count, grow, parameters
 from ..bench.clock import Clock
 from ..continual.learn import BATCH, Backbone
 from ..continual.streams import CLASSES
@@ -83,7 +83,8 @@ def _step(model: nn.Module, weights: Sequence[Tensor], x: Tensor, y: Tensor) -> 
     """One training step, but for the optimiser's part."""
 
     def step() -> Any:
-        loss = F.cross_entropy(model(x), y) + aux_loss(model)
+        with context(model) as batch:
+            loss = F.cross_entropy(model(x), y) + batch.aux_loss
         return torch.autograd.grad(loss, weights, materialize_grads=True)
 
     return step

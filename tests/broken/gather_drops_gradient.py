@@ -11,6 +11,6 @@ class Scheme(MoRA):
     def forward(self, x):
         if self.path != "gather":
             return super().forward(x)
-        idx, g, z = self.gate(x)
+        idx, g, z, *_ = self.gate(x)
         B = torch.cat([self.frozen_B, self.B.detach()])
         return self.base(x) + self.scale * ((g * z).unsqueeze(-1) * B[idx]).sum(-2)

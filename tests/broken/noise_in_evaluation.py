@@ -9,7 +9,7 @@ LAW = "eval_is_still"
 
 class Scheme(MoRA):
     def gate(self, x):
-        idx, w, z = super().gate(x)
+        idx, w, z, *_ = super().gate(x)
         if not self.training:
             w = w * torch.rand(w.shape, device=w.device).to(w)
         return idx, w, z

@@ -8,6 +8,6 @@ LAW = "equation"
 
 class Scheme(MoRA):
     def forward(self, x):
-        idx, g, z = self.gate(x)
+        idx, g, z, *_ = self.gate(x)
         scale = (idx < len(self.frozen_A)).to(z) * (1 - self.scale) + self.scale
         return self.base(x) + rank_sparse(scale * g * z, idx, self.frozen_B, self.B, self.path)

@@ -11,6 +11,6 @@ class Scheme(MoRA):
     claims = replace(MoRA.claims, as_lora=None)
 
     def gate(self, x):
-        idx, w, z = super().gate(x)
+        idx, w, z, *_ = super().gate(x)
         norm = self.project(x, "A").norm(dim=-1, keepdim=True)
         return idx, w, z / norm.clamp_min(1e-12)

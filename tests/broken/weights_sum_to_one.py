@@ -7,5 +7,5 @@ LAW = "simplex"
 
 class Scheme(SMoRA):
     def gate(self, x):
-        idx, g, z = super().gate(x)
+        idx, g, z, *_ = super().gate(x)
         return idx, g / g.shape[-1], z

@@ -191,7 +191,7 @@ def test_samples_are_each_others_strangers_where_that_is_claimed():
 def test_ranks_of_a_block_weigh_the_same_where_blocks_are_claimed():
     class Uneven(LoRAMoE):
         def gate(self, x):
-            idx, w, z = super().gate(x)
+            idx, w, z, *_ = super().gate(x)
             return idx, w * torch.linspace(1.0, 0.5, w.shape[-1]).to(w), z
 
     row = hold(NAMES["simplex"], Uneven)
@@ -201,7 +201,7 @@ def test_ranks_of_a_block_weigh_the_same_where_blocks_are_claimed():
 def test_a_negative_weight_is_no_share():
     class Signed(LoRAMoE):
         def gate(self, x):
-            idx, w, z = super().gate(x)
+            idx, w, z, *_ = super().gate(x)
             return idx, 2 * w - 1 / min(self.top_k, self.ranks // self.rank), z
 
     assert "a weight is -" in hold(NAMES["simplex"], Signed).evidence

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from minimoe.adapt import adapt, adapters, aux_loss, context, grow
+from minimoe.adapt import adapt, adapters, context, grow
 from minimoe.roster import SCHEMES
 
 PATHS = ["plain", "dense", "gather", "compact"]
@@ -36,11 +36,12 @@ def own(case):
 @torch.no_grad()
 def filled(layer):
     """No value, frozen or live, is zero, and each is one that it can have."""
+    theirs = layer.base.state_dict()
     for name, tensor in layer.state_dict().items():
         key = name.removeprefix("frozen_")
-        if key == "bias":
+        if key == "expert_bias":
             tensor.uniform_(-0.1, 0.4)
-        elif not key.startswith("base"):
+        elif name not in theirs:
             tensor.normal_(std={"w1": 0.005, "w2": 0.005, "router": 0.5}.get(key, 1.0))
         if key == "sigma" or key.startswith("fisher"):
             tensor.abs_().add_(0.1)
@@ -116,8 +117,8 @@ def compiled_equals_eager(layer):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     both = []
     for module in (layer, compiled):
-        with context(layer, **given):
-            y, aux = module(x), aux_loss(layer)
+        with context(layer, **given) as batch:
+            y, aux = module(x), batch.aux_loss
         grads = torch.autograd.grad((y * dy).sum() + aux, leaves)
         both.append((y, torch.as_tensor(aux), *grads))
     for eager, graph in zip(*both, strict=True):

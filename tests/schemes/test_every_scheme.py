@@ -23,7 +23,7 @@ from oracle import gradient
 from torch import nn
 
 from minimoe import LoRA
-from minimoe.adapt import aux_loss, context, count, load, save, state
+from minimoe.adapt import context, count, load, save, state
 from minimoe.roster import ROSTER, SCHEMES
 
 # every scheme of the roster, and its variants, "flylora signed"
@@ -96,11 +96,12 @@ def test_auxiliary_loss_and_its_gradient_equal_the_oracles(case, size):
     def f():
         return tests.expected_aux(layer, points, rows, each)
 
-    with context(layer, **given):
+    with context(layer, **given) as batch:
         layer(x)
-    np.testing.assert_allclose(layer.aux.item(), f(), rtol=1e-12)
+    loss = batch.aux_loss
+    np.testing.assert_allclose(loss.item(), f(), rtol=1e-12)
     leaves = {"x": x} | {key: getattr(layer, key) for key in live(layer, rows)}
-    grads = torch.autograd.grad(layer.aux, list(leaves.values()), allow_unused=True)
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     for (key, array), grad in zip({"x": points, **live(layer, rows)}.items(), grads, strict=True):
         # a router's loss is one of the inputs too; a descriptor does not shape what it describes
         assert (grad is not None) == (key in tests.AUX or (key == "x" and "router" in tests.AUX))
@@ -134,13 +135,13 @@ def test_a_fresh_layer_is_the_base_layer_bit_for_bit_and_can_learn(case, dtype, 
 def test_an_auxiliary_loss_is_left_in_training_only(case):
     layer = grown(case).eval()
     x = torch.randn(3, 7, dtype=torch.float64)
-    with context(layer, **context_of(layer, 3)):
+    with context(layer, **context_of(layer, 3)) as batch:
         layer(x)
-    assert layer.aux is None
-    with context(layer.train(), **context_of(layer, 3)):
+    assert batch.aux_loss == 0.0 and layer.counts is None
+    with context(layer.train(), **context_of(layer, 3)) as batch:
         layer(x)
-    assert (layer.aux is not None) == (case in WITH_AUX)
-    assert copy.deepcopy(layer).aux is None
+        assert copy.deepcopy(layer).record is None
+    assert (batch.aux_loss != 0.0) == (case in WITH_AUX)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -244,14 +245,15 @@ def test_half_precision_and_autocast_come_near(case, dtype, path):
     layer = calm(grown(case, 20, 30, 4, 3, dtype=torch.float32))
     layer.path = path
     x, given = 0.5 * torch.randn(50, 20), context_of(layer, 50)
-    with context(layer, **given):
+    with context(layer, **given) as batch:
         wanted = layer(x)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-            y = layer(x) if dtype == "autocast" else layer.to(dtype)(x.to(dtype))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast")
+    with context(layer, **given) as batch, autocast:
+        y = layer(x) if dtype == "autocast" else layer.to(dtype)(x.to(dtype))
     assert y.dtype == (torch.bfloat16 if dtype == "autocast" else dtype)
     square = y.float().square()
     # a sum's gradient of MoR1E's w2, behind a factor of 100, is 5e6: beyond float16
-    (aux_loss(layer) + (square.mean() if case == "mor1e" else square.sum())).backward()
+    (batch.aux_loss + (square.mean() if case == "mor1e" else square.sum())).backward()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.requires_grad)
     # a token may choose another rank where two are within rounding: most must agree
     near = ((y.float() - wanted).norm(dim=1) / wanted.norm(dim=1)) < 0.05
@@ -282,8 +284,8 @@ def test_only_live_rows_learn(case):
     optimiser = torch.optim.AdamW(trained.values(), lr=0.1)
     for _ in range(3):
         optimiser.zero_grad()
-        with context(layer, **context_of(layer, 50)):
-            (layer(torch.randn(50, 7)).square().mean() + aux_loss(layer)).backward()
+        with context(layer, **context_of(layer, 50)) as batch:
+            (layer(torch.randn(50, 7)).square().mean() + batch.aux_loss).backward()
         optimiser.step()
     for key, tensor in layer.state_dict().items():
         assert torch.equal(tensor, before[key]) == (key not in trained), key

@@ -11,7 +11,7 @@ from test_lora import lora
 from torch import nn
 
 from minimoe import LoRA
-from minimoe.adapt import adapt
+from minimoe.adapt import adapt, context
 from minimoe.schemes.ewc import EWC, fisher_information
 
 SETTINGS = {"scale": 0.7, "importance": 3.0}
@@ -82,15 +82,15 @@ class TestEWC:
         layer.anchor_A.copy_(torch.tensor([[1.0, 1.0]]))
         layer.fisher_A.copy_(torch.tensor([[2.0, 5.0]]))
         layer.fisher_B.fill_(0.5)
-        layer(torch.ones(2))
-        assert layer.aux == 10
+        assert layer.penalty() == 10
 
     def test_before_any_task_has_ended_nothing_holds(self):
         layer = EWC(nn.Linear(7, 5), rank=2)
         nn.init.normal_(layer.B)
-        layer(X.float())
-        layer.aux.backward()
-        assert layer.aux == 0 and not layer.A.grad.any()
+        with context(layer) as batch:
+            layer(X.float())
+        batch.aux_loss.backward()
+        assert batch.aux_loss == 0 and not layer.A.grad.any()
 
     def test_three_tasks_penalties_are_kept_up_to_a_constant(self):
         layer = grown("ewc", tasks=1)
@@ -108,9 +108,8 @@ class TestEWC:
         def penalties():
             for key in "AB":
                 getattr(layer, key).data.normal_()
-            layer(X)
             each = [elastic(arrays(layer)[key], tasks[key]) for key in "AB"]
-            return layer.aux.item(), layer.importance / 2 * sum(each)
+            return layer.penalty().item(), layer.importance / 2 * sum(each)
 
         (kept, literal), *others = (penalties() for _ in range(4))
         assert literal - kept > 1

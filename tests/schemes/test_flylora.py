@@ -10,6 +10,7 @@ from oracle import base
 from torch import nn
 
 from minimoe import LoRA
+from minimoe.adapt import context
 from minimoe.continual.probe import dense_gate
 from minimoe.schemes.flylora import FlyLoRA
 
@@ -30,7 +31,9 @@ def flylora(x, W0, b, A, B, bias, scale, top_k, signed):
 
 
 def expected(layer, x, rows, given):
-    return flylora(x, *frozen_and_live(rows), rows["bias"], layer.scale, layer.top_k, layer.signed)
+    return flylora(
+        x, *frozen_and_live(rows), rows["expert_bias"], layer.scale, layer.top_k, layer.signed
+    )
 
 
 def STORED(D, O, R, r, E):
@@ -85,7 +88,7 @@ class TestFlyLoRA:
         lora.frozen_A, lora.frozen_B = layer.frozen_A, layer.frozen_B
         lora.A, lora.B = nn.Parameter(layer.A.clone()), nn.Parameter(layer.B.detach().clone())
         dy = torch.randn(40, 5, dtype=torch.float64)
-        for module in (layer, lora):
+        for module in (layer.eval(), lora):
             module(X).backward(dy)
         assert torch.allclose(layer(X), lora(X), atol=1e-12)
         assert torch.allclose(layer.B.grad, lora.B.grad, atol=1e-12)
@@ -97,7 +100,8 @@ class TestFlyLoRA:
         optimiser = torch.optim.AdamW(learning.values(), lr=0.1)
         for _ in range(3):
             optimiser.zero_grad()
-            layer(X.float()).square().mean().backward()
+            with context(layer):
+                layer(X.float()).square().mean().backward()
             optimiser.step()
             layer.after_step()
         assert list(learning) == ["B"]
@@ -109,7 +113,7 @@ class TestFlyLoRA:
         second.load_state_dict(first.state_dict() | {"B": torch.randn(5, 5).double()})
         both = copy.deepcopy(first)
         both.B.data += second.B
-        updates = [layer(X) - layer.base(X) for layer in (first, second, both)]
+        updates = [layer.eval()(X) - layer.base(X) for layer in (first, second, both)]
         assert torch.allclose(updates[0] + updates[1], updates[2], atol=1e-12)
 
     def test_by_size_or_by_sign(self):
@@ -124,6 +128,6 @@ class TestFlyLoRA:
         ):
             layer = FlyLoRA(nn.Linear(3, 3), rank=3, top_k=1, signed=signed)
             layer.A.copy_(torch.eye(3))
-            layer.bias[1] = bias
+            layer.expert_bias[1] = bias
             g = dense_gate(layer, torch.tensor([3.0, -4.0, 1.0]))
             assert g.tolist() == torch.eye(3)[speaks].tolist()

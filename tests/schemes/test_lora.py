@@ -67,7 +67,9 @@ class TestLoRA:
         with pytest.raises(RuntimeError, match="not merged"):
             layer.unmerge()
         layer.merge()
-        for call in (layer.merge, layer.grow, layer.state_dict):
+        with pytest.raises(RuntimeError, match="cannot be merged: it is merged already"):
+            layer.merge()
+        for call in (layer.grow, layer.state_dict, lambda: layer.load_state_dict({}, strict=False)):
             with pytest.raises(RuntimeError, match=r"merged: call unmerge\(\) first"):
                 call()
 

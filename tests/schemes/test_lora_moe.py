@@ -1,6 +1,5 @@
 """LoRAMoE against its oracle, numbers worked by hand, and what is its own."""
 
-import copy
 import math
 
 import numpy as np
@@ -11,6 +10,7 @@ from oracle import base
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE
+from minimoe.adapt import context, state
 from minimoe.lora_moe import switch_balance
 
 SETTINGS = {"scale": 0.7, "top_k": 2}
@@ -48,9 +48,9 @@ def ACTIVE(D, O, R, r, E, k):
     [
         ({"top_k": 0}, "top_k is 0, allowed: 1 or more"),
         ({"balance": -1.0}, "balance is -1.0, allowed: 0 or more"),
-        ({"rank": 3, "experts": 2}, "experts is 2, allowed: a divisor of rank, which is 3"),
+        ({"rank": 3, "experts": 2}, "experts is 2, allowed: divisors of rank 3"),
         ({"balance": math.nan}, "balance is nan, allowed: 0 or more"),
-        ({"experts": 0}, "experts is 0, allowed: a divisor of rank, which is 2"),
+        ({"experts": 0}, "experts is 0, allowed: divisors of rank 2"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
@@ -67,9 +67,9 @@ class TestLoRAMoE:
         x = torch.randn(5, 7, dtype=torch.float64)
         wanted = expected(layer, x.numpy(), rows, {})
         np.testing.assert_allclose(layer(x).detach().numpy(), wanted, rtol=0, atol=1e-12)
-        idx, g, _ = layer.gate(x)
+        idx, g, *_ = layer.gate(x)
         assert idx.shape == g.shape == (5, 2 * (4 // experts))
-        stored = sum(t.numel() for n, t in layer.state_dict().items() if "base" not in n)
+        stored = sum(t.numel() for t in state(layer).values())
         assert stored == 12 * (7 + 5) + 3 * experts * 7
         assert layer.active() == 3 * experts * 7 + 2 * (4 // experts) * (7 + 5)
 
@@ -96,17 +96,19 @@ class TestLoRAMoE:
     def test_balance_loss(self):
         # two experts, top-1. Uniform: f = P = (1/2, 1/2), so 2 · (1/4 + 1/4) = 1.
         even = torch.zeros(4, 2)
-        assert switch_balance(even, torch.tensor([[0], [1], [0], [1]])) == 1
+        assert switch_balance(even, torch.tensor([[0], [1], [0], [1]]), torch.ones(4)) == 1
         # logits (ln 3, 0) for all: P = (3/4, 1/4), f = (1, 0), so 2 · 3/4 = 1.5.
         skewed = torch.tensor([[math.log(3), 0.0]]).repeat(4, 1)
-        assert torch.isclose(switch_balance(skewed, torch.zeros(4, 1).long()), torch.tensor(1.5))
-        assert switch_balance(even[:0], torch.zeros(0, 1).long()) == 0
+        assert torch.isclose(
+            switch_balance(skewed, torch.zeros(4, 1).long(), torch.ones(4)), torch.tensor(1.5)
+        )
+        assert switch_balance(even[:0], torch.zeros(0, 1).long(), torch.ones(0)) == 0
 
-    def test_balance_is_left_in_aux_in_training_only_where_asked_for(self):
+    def test_balance_is_a_loss_in_training_only_where_asked_for(self):
         x = torch.randn(6, 7, dtype=torch.float64)
         for balance, training in ((0.0, True), (0.5, False), (0.5, True)):
             layer = grown(LoRAMoE, top_k=1, balance=balance).train(training)
-            layer(x)
-            assert (layer.aux is not None) == (balance > 0 and training)
-        assert layer.aux.requires_grad
-        assert copy.deepcopy(layer).aux is None
+            with context(layer) as batch:
+                layer(x)
+            assert (batch.aux_loss != 0.0) == (balance > 0 and training)
+        assert batch.aux_loss.requires_grad

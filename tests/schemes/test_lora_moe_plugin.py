@@ -103,28 +103,28 @@ class TestLoRAMoEPlugin:
         # types (0, 1), delta 1/2: I = ((3/2, 1/2), (1/2, 3/2)). Q = ((3, 1), (1, 3)):
         # Z = ((9/2, 1/2), (1/2, 9/2)), of mean 5/2 and variance 4: 8/5
         Q, types = torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.tensor([0, 1])
-        assert torch.isclose(localized_balance(Q, types, 0.5), torch.tensor(1.6))
+        assert torch.isclose(localized_balance(Q, types, 0.5, torch.ones(2)), torch.tensor(1.6))
         # the same at delta 0: mean 2, variance 1
-        assert torch.isclose(localized_balance(Q, types, 0.0), torch.tensor(0.5))
-        assert localized_balance(Q[:0], types[:0], 0.5) == 0
+        assert torch.isclose(localized_balance(Q, types, 0.0, torch.ones(2)), torch.tensor(0.5))
+        assert localized_balance(Q[:0], types[:0], 0.5, torch.ones(0)) == 0
 
     def test_balance_is_0_only_where_weight_is_inverse_to_importance(self):
         # 1 / I = ((2/3, 2), (2, 2/3), (2, 2)) for delta 1/2 and types (0, 1, 2 of 2 experts)
         types = torch.tensor([0, 1, 2])
         Q = 5 * torch.tensor([[2 / 3, 2.0], [2.0, 2 / 3], [2.0, 2.0]])
-        assert localized_balance(Q, types, 0.5) < 1e-12
+        assert localized_balance(Q, types, 0.5, torch.ones(3)) < 1e-12
         for place in np.ndindex(3, 2):
             other = Q.clone()
             other[place] *= 1.1
-            assert localized_balance(other, types, 0.5) > 1e-3
+            assert localized_balance(other, types, 0.5, torch.ones(3)) > 1e-3
 
     def test_a_uniform_gate_is_balanced_at_delta_0_and_leaves_its_type_above(self):
         for delta, balanced in ((0.0, True), (0.3, False)):
             layer = grown("lora_moe_plugin", delta=delta)
             layer.frozen_router.zero_()
             layer.router.data.zero_()
-            with context(layer, label=torch.full((40,), 2)):
+            with context(layer, label=torch.full((40,), 2)) as batch:
                 layer(X.abs())
-            assert (layer.aux.abs() < 1e-7) == balanced
-        layer.aux.backward()  # of the sample's own type: a step down takes weight from it
+            assert (batch.aux_loss.abs() < 1e-7) == balanced
+        batch.aux_loss.backward()  # of the sample's own type: a step down takes weight from it
         assert (layer.router.grad > 0).all()

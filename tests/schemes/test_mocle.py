@@ -97,7 +97,7 @@ class TestMoCLE:
     def test_a_low_temperature_silences_the_universal_expert(self):
         layer = grown("mocle", tau=1e-4)
         with context(layer, cluster=torch.arange(40) % 6):
-            idx, g, _ = layer.gate(X)
+            idx, g, *_ = layer.gate(X)
             y = layer(X)
         assert torch.equal(g, torch.ones_like(g))
         A, B = layer.keys[idx], layer.rows("B")[idx]  # (T, 2, D), (T, 2, O)

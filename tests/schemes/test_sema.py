@@ -9,6 +9,7 @@ from layers import X, arrays, frozen_and_live, grown, live
 from oracle import base, sample_means, softmax
 from torch import nn
 
+from minimoe.adapt import context
 from minimoe.continual.probe import dense_gate
 from minimoe.schemes.sema import SEMA
 
@@ -109,7 +110,7 @@ class TestSEMA:
         assert not torch.allclose(self.weights(layer, other)[1:], w[1:])
 
     def test_tokens_without_a_sample_axis_are_samples(self):
-        layer = grown("sema")
+        layer = grown("sema").eval()
         assert torch.allclose(layer(X), layer(X.unsqueeze(1)).squeeze(1), atol=1e-12)
         assert torch.allclose(layer(X[0]), layer(X)[0], atol=1e-12)
 
@@ -168,8 +169,9 @@ class TestSEMA:
             optimiser = torch.optim.Adam([layer.P, layer.Q], lr=0.02)
             for _ in range(300):
                 optimiser.zero_grad()
-                layer(x)
-                layer.aux.backward()
+                with context(layer) as batch:
+                    layer(x)
+                batch.aux_loss.backward()
                 optimiser.step()
             layer.settle(x)
             assert not any(layer.surprised(draw(seen)) for seen in range(task + 1))

@@ -209,7 +209,7 @@ def test_the_absolute_score_by_hand():
         layer.A.copy_(torch.eye(2))
     # z = (3, -4), |s| = (.6, .8): the second is kept, and is above delta whichever way x points
     for sign in (1, -1):
-        idx, w, z = layer.eval().gate(torch.tensor([[3.0, -4.0]]).double() * sign)
+        idx, w, z, *_ = layer.eval().gate(torch.tensor([[3.0, -4.0]]).double() * sign)
         assert (idx.item(), w.item(), z.item()) == (1, 1, -4 * sign)
 
 

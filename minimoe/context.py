@@ -1,0 +1,309 @@
+"""Context: what a batch gives the gates beyond x, and what its passes leave beside the output.
+
+    with context(model, cluster=ids, mask=mask) as batch:
+        loss = f(model(x)) + batch.aux_loss
+    loss.backward()
+
+A batch begins and ends with its `with`. Inside, every adapter has the batch's context (a label, a
+cluster, an embedding of each sample; a mask of its tokens), and keeps what its passes leave: the
+auxiliary losses, summed, and the counts of kept ranks, which add up until `after_step`. A pass
+outside leaves no trace. The backward pass may be inside or after.
+
+A checkpointed block runs again in the backward pass. The second run has the context of the first,
+and leaves nothing; where that cannot be known, a RuntimeError says so.
+
+Limits. A block that is compiled first and then checkpointed cannot know that it runs again: its
+losses and counts are taken twice, so checkpoint inside what is compiled. Without its own `with` a
+training pass has no loss; a layer says so once.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Record:
+    """What one layer is given in a batch, and the loss that its passes have left."""
+
+    values: Mapping[str, Tensor]
+    again: bool  # the batch is itself inside a second run
+    loss: Tensor | None = None
+    blind: bool = False  # part of the loss was made without gradients
+
+    def add(self, loss: Tensor, blind: bool) -> None:
+        self.loss = loss if self.loss is None else self.loss + loss
+        self.blind |= blind
+
+
+def runs_again() -> bool:
+    """Whether a checkpointed block runs a second time: a forward pass inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Contextual(nn.Module):
+    """A layer that can be given context, and can leave a loss and counts beside its output.
+
+    A layer's x is (samples, tokens..., D), or (tokens..., samples, D) where `batch_first` is False
+    (as in torch's transformers); an x of two axes is (samples, D).
+    """
+
+    name = ""  # in its model
+    batch_first = True
+    mean_over_layers = False  # whether its loss is the mean over a model's layers, not the sum
+    record: Record | None = None  # of the batch that is open
+    counts: Tensor | None = None  # (R,) int64: how often each rank was kept since the last step
+    _last: Mapping[str, Tensor] = {}  # the context of the last pass, for its second run
+    _waiting: tuple[Mapping[str, Tensor], ...] = ()  # those of passes without gradients
+    _warned = False
+
+    @property
+    def where(self) -> str:
+        """What a message calls this layer."""
+        kind = type(self).__name__
+        return f"{self.name} ({kind})" if self.name else kind
+
+    @property
+    def context(self) -> Mapping[str, Tensor]:
+        """The values that are given now, by name."""
+        if runs_again() and not (self.record and self.record.again):
+            return self._last
+        return self.record.values if self.record else {}
+
+    def needs(self) -> dict[str, range | int]:
+        """The context that the gate needs of each sample, in this mode: by name, the range of
+        an index, or the width of a vector. By default nothing."""
+        return {}
+
+    def given(self, name: str, x: Tensor) -> Tensor:
+        """The context of that name for the samples of x (..., D), which are x's first axes: an
+        index (...) or a vector (..., F), with an axis of 1 for each of x's token axes.
+
+        Raises RuntimeError if there is none; ValueError if it is of other samples than x's, no
+        integers where an index is needed, or an index out of its range (looked at on a CPU only:
+        a GPU would have to be waited for).
+        """
+        if name not in self.context:
+            call = f"with context(model, {name}=...): model(x)"
+            raise RuntimeError(f"{self.where} needs the {name}: {call}")
+        value, need = self.context[name], self.needs()[name]
+        width = () if isinstance(need, range) else (need,)
+        if value.dtype == torch.bool or value.is_floating_point() == isinstance(need, range):
+            kind = "integers" if isinstance(need, range) else "floating-point numbers"
+            raise ValueError(f"{self.where}: {name} is of {value.dtype}, allowed: {kind}")
+        samples = value.shape[: value.ndim - len(width)]
+        if (*samples, *width) != value.shape or samples != x.shape[:-1][: len(samples)]:
+            allowed = f"{tuple(x.shape)}: its first axes" + "".join(f", then {n}" for n in width)
+            raise ValueError(
+                f"{self.where}: {name} is {tuple(value.shape)}, allowed for x {allowed}"
+            )
+        look = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if isinstance(need, range) and look and value.numel():
+            for end in (int(value.min()), int(value.max())):
+                if end not in need:
+                    most = len(need) - 1
+                    raise ValueError(f"{self.where}: {name} is {end}, allowed: 0 to {most}")
+        value = value if width else value.long()
+        return value.reshape((*samples, *[1] * (x.ndim - 1 - len(samples)), *width))
+
+    def mask(self, x: Tensor) -> Tensor:
+        """m (...) in float32, for each token of x (..., D): 0 where the batch's mask says that it
+        is padding, else 1. Raises ValueError if the mask is not of x's first axes."""
+        tokens, mask = x.shape[:-1], self.context.get("mask")
+        if mask is None:
+            return x.new_ones(tokens, dtype=torch.float32)
+        if mask.shape != tokens[: mask.ndim]:
+            allowed = f"{tuple(x.shape)}: its first axes"
+            raise ValueError(f"{self.where}: mask is {tuple(mask.shape)}, allowed for x {allowed}")
+        return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens).float()
+
+    def penalty(self) -> Tensor | None:
+        """A loss of the weights alone. It counts once in a batch, for a layer in training."""
+        return None
+
+    def leave(self, loss: Tensor | None = None, counts: Tensor | None = None) -> None:
+        """Keep for the open batch what a pass has left beside its output."""
+        again, blind = runs_again(), not torch.is_grad_enabled()
+        if again:
+            self._meet()
+            return
+        self._last = self.context
+        if blind and self.training and self._last:
+            self._waiting = (*self._waiting, self._last)
+        if self.record is None:
+            if self.training and not blind and not torch.compiler.is_compiling():
+                self._warn(loss is not None or counts is not None)
+            return
+        if loss is not None:
+            self.record.add(loss, blind)
+        if counts is not None:
+            self.counts = counts if self.counts is None else self.counts + counts
+
+    def hold(self, y: Tensor) -> Tensor:
+        """y, whose backward pass stops if a second run had another context than this one."""
+        values = self.context.values()
+        if not values or torch.compiler.is_compiling() or not y.requires_grad:
+            return y
+        return _Hold.apply(y, self.where, *values)
+
+    def end_step(self) -> None:
+        """The counts have been used."""
+        self.counts, self._waiting = None, ()
+
+    def _meet(self) -> None:
+        """A second run: stop if passes of several contexts wait for theirs."""
+        known = self.record is not None and self.record.again
+        if not known and len({id(values) for values in self._waiting}) > 1:
+            self._waiting = ()
+            raise RuntimeError(_TWO.format(self.where))
+        self._waiting = self._waiting[:-1]
+
+    def _warn(self, left: bool) -> None:
+        if not self._warned and (left or type(self).penalty is not Contextual.penalty):
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} has an auxiliary loss or counts, which a training pass "
+                "leaves only inside `with context(model) as batch:`; batch.aux_loss is the loss",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what belongs to one step."""
+        return self.__dict__ | {"record": None, "counts": None, "_last": {}, "_waiting": ()}
+
+
+_TWO = (
+    "{}: a checkpointed block runs again for one of two passes that had different contexts, and "
+    "cannot know which: call backward() for each before the next `with context(...)`"
+)
+
+
+class _Hold(torch.autograd.Function):
+    """y as it is. What is saved passes through checkpointing, and is then of the second run; what
+    is held is of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, where: str, *values: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(*values)
+        ctx.held, ctx.where = values, where
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        for saved, held in zip(ctx.saved_tensors, ctx.held, strict=True):
+            if saved.data_ptr() != held.data_ptr() and not torch.equal(saved, held):
+                raise RuntimeError(_TWO.format(ctx.where))
+        return dy, None, *[None for _ in ctx.held]
+
+
+class Batch:
+    """What the passes inside one `context` have left so far."""
+
+    def __init__(self, layers: list[Contextual], records: list[Record]):
+        self.layers, self.records = layers, records
+
+    @property
+    def aux_loss(self) -> Tensor | float:
+        """The auxiliary losses of all layers and passes, and each layer's penalty; 0.0 if there are
+        none. Reading changes nothing. Read it once, at one level of nested contexts.
+
+        Raises RuntimeError if part of it was made without gradients, as reentrant checkpointing
+        makes it, and gradients are on.
+        """
+        both = zip(self.layers, self.records, strict=True)
+        left = [(layer, record) for layer, record in both if record.loss is not None]
+        total: Tensor | float = 0.0
+        for layer, record in left:
+            if record.blind and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{layer.where}: its auxiliary loss was made without gradients; checkpoint "
+                    "with use_reentrant=False, or read aux_loss under torch.no_grad()"
+                )
+            alike = sum(type(other) is type(layer) for other, _ in left)
+            if record.loss is not None:
+                total = total + record.loss / (alike if layer.mean_over_layers else 1)
+        for layer in self.layers:
+            if layer.training:
+                device = next(layer.parameters()).device.type
+                with torch.autocast(device, enabled=False):
+                    penalty = layer.penalty()
+                total = total if penalty is None else total + penalty
+        return total
+
+
+@contextlib.contextmanager
+def context(model: nn.Module, *, mask: Tensor | None = None, **values: Tensor) -> Iterator[Batch]:
+    """Inside, every adapter of model has this context of the batch, by name; what its passes leave
+    is in the `Batch` that this gives.
+
+        with context(model, cluster=ids, mask=mask) as batch:  # ids (B,), mask (B, T)
+            loss = f(model(x)) + batch.aux_loss             # whose layers see (B, T, D)
+
+    Args:
+        mask: True, or 1, where a token counts, False or 0 at padding: axes as the first of what
+            the layers see. Padding is left out of balances, counts, and a sample's mean.
+        values: what a gate needs beyond its layer's input (`needs` names it): an index (...) or
+            a vector (..., F) per sample; its axes before F are the first of what the layers see.
+
+    The adapters hold it, so no module in between need pass it on, and a compiled model takes it as
+    an input. Inside another context both hold, the inner one's values first, and what it leaves
+    goes to the outer at its end. A batch that raises counts nothing. One `with` per micro-batch.
+
+    Raises TypeError if a value is no tensor, ValueError if the mask is not of 0 and 1.
+    """
+    if mask is not None:
+        values = {"mask": mask, **values}
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is of type {type(value).__name__}, allowed: a tensor")
+    if mask is not None:
+        _require_mask(mask)
+    layers = [layer for layer in model.modules() if isinstance(layer, Contextual)]
+    outer = [layer.record for layer in layers]
+    counts = [layer.counts for layer in layers]
+    again = runs_again()
+    records = [Record({**layer.context, **values}, again) for layer in layers]
+    try:
+        for layer, record in zip(layers, records, strict=True):
+            layer.record = record
+        yield Batch(layers, records)
+        for then, record in zip(outer, records, strict=True):
+            if then is not None and record.loss is not None:
+                then.add(record.loss, record.blind)
+    except BaseException:
+        for layer, before in zip(layers, counts, strict=True):
+            layer.counts = None if layer.counts is None else before
+        raise
+    finally:
+        for layer, then in zip(layers, outer, strict=True):
+            layer.record = then
+
+
+def _require_mask(mask: Tensor) -> None:
+    fits = not mask.is_floating_point()
+    if fits and mask.dtype != torch.bool and mask.device.type == "cpu":
+        fits = bool(((mask == 0) | (mask == 1)).all())
+    if not fits:
+        raise ValueError(f"mask is {mask.dtype}, allowed: bools, or integers that are 0 or 1")
+
+
+class WithContext(nn.Module):
+    """A model whose adapters get, with every input, the context that a function makes of it.
+
+    forward(...) is model(...) inside context(model, **describe(...)), for any arguments. What the
+    passes leave goes to the `context` that is open around it.
+    """
+
+    def __init__(self, model: nn.Module, describe: Callable[..., dict[str, Tensor]]):
+        super().__init__()
+        self.model, self.describe = model, describe
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with context(self.model, **self.describe(*args, **kwargs)):
+            return self.model(*args, **kwargs)

@@ -1,0 +1,77 @@
+"""What was made for a layer before it grew, and must be made anew: it would train nothing.
+
+An optimiser goes on with the parameters that it was given, and a data-parallel wrapper sums the
+gradients of those that it found. A layer that grows has new ones. Both are refused where they are
+used; a sharded layer, whose rows no process has whole, where it would grow.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+_known: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+
+
+def outgrow(parameter: Tensor, layer: nn.Module) -> None:
+    """The layer has frozen what this parameter held, and trains another one in its place."""
+    parameter.outgrown_by = weakref.ref(layer)  # type: ignore[attr-defined]
+
+
+def refuse_old_optimiser(optimiser: Optimizer, *_: Any) -> None:
+    """Raise RuntimeError if an optimiser holds what a layer has outgrown, and nothing that the
+    layer trains now."""
+    held = [p for group in optimiser.param_groups for p in group["params"]]
+    for parameter in held:
+        layer = getattr(parameter, "outgrown_by", lambda: None)()
+        if layer is not None:
+            trained = {id(p) for p in layer.parameters() if p.requires_grad}
+            if trained.isdisjoint(map(id, held)):
+                raise RuntimeError(
+                    f"{layer.where} has grown since this {type(optimiser).__name__} was made, "
+                    "which would train nothing there: make a new optimiser after grow()"
+                )
+
+
+register_optimizer_step_pre_hook(refuse_old_optimiser)
+
+
+def refuse_old_wrapper(parameter: Tensor, where: str) -> None:
+    """Raise RuntimeError in a pass of a DistributedDataParallel that was made before the parameter
+    of the layer `where`."""
+    if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+        return
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None:
+        if wrapper not in _known:
+            _known[wrapper] = {id(p) for p in wrapper._module_parameters}
+        if id(parameter) not in _known[wrapper]:
+            raise RuntimeError(
+                f"{where} has grown since this DistributedDataParallel was made, whose replicas "
+                "would drift apart: wrap the model anew after grow(), and make a new optimiser"
+            )
+
+
+def refuse_shards(parameter: Any, where: str) -> None:
+    """Raise RuntimeError if the parameter is a shard, or a view of one, of FSDP."""
+    sharded = not isinstance(parameter, nn.Parameter) or hasattr(parameter, "device_mesh")
+    if sharded or hasattr(parameter, "_fsdp_flattened"):
+        raise RuntimeError(
+            f"{where} is sharded by FSDP, and cannot grow: grow the plain model, then shard it "
+            "anew, and make a new optimiser"
+        )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise RuntimeError if DDP or FSDP wraps the model, or a part of it."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, DistributedDataParallel) or kind.startswith(("FSDP", "FullySharded")):
+            raise RuntimeError(
+                f"{name or 'the model'} is wrapped by {kind}: grow the plain model inside, wrap it "
+                "anew, and make a new optimiser"
+            )
