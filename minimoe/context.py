@@ -139,6 +139,11 @@ class Contextual(nn.Module):
             if self.training and not blind and not torch.compiler.is_compiling():
                 self._warn(loss is not None or counts is not None)
             return
+        if getattr(self, "_is_replica", False) and (loss is not None or counts is not None):
+            raise RuntimeError(
+                f"{self.where}: what replicas of nn.DataParallel leave is lost; train with "
+                "DistributedDataParallel"
+            )
         if loss is not None:
             self.record.add(loss, blind)
         if counts is not None:
