@@ -88,12 +88,12 @@ def adapt(
             raise ValueError(f"{name} ({type(layer).__name__}): {error}") from None
         finally:  # nothing is changed yet
             for parameter in trainable:
-                parameter.requires_grad_(True)
+                parameter.requires_grad = True
     own = {id(p) for _, adapter in adapters(model) for p in adapter.parameters(recurse=False)}
     kept = own | {id(p) for p in heads} | {id(p) for p in _marked(model)}
     for parameter in model.parameters():
         if id(parameter) not in kept:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
     _mark(model, heads)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in chosen.items():
@@ -278,7 +278,7 @@ def _mark(model: nn.Module, heads: list[nn.Parameter]) -> None:
     """Note in each owner which of its parameters learn beside the adapters, and let them."""
     ids = {id(p) for p in heads}
     for parameter in heads:
-        parameter.requires_grad_(True)
+        parameter.requires_grad = True
     for module in model.modules():
         names = {n for n, p in module.named_parameters(recurse=False) if id(p) in ids}
         if names:

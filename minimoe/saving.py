@@ -1,6 +1,7 @@
 """Adapters on disk: what they have learned, apart from the model that they are in."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,6 @@ def _described(model: nn.Module) -> dict[str, Any]:
 
 def _number(value: Any) -> Any:
     """A NumPy number, or a tensor of one element, as the number it is."""
-    if isinstance(value, np.generic | np.ndarray | Tensor) and np.size(value) == 1:
+    if isinstance(value, np.generic | np.ndarray | Tensor) and math.prod(value.shape) == 1:
         return value.item()
     raise TypeError

@@ -22,7 +22,8 @@ def sizes(base: nn.Module) -> tuple[int, int]:
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         D, O = base.get_parameter("weight").shape
         return D, O
-    raise TypeError(f"base is {kind.__name__}, allowed: nn.Linear, transformers' Conv1D")
+    which = f"{kind.__name__} ({kind.__module__})"
+    raise TypeError(f"base is {which}, allowed: nn.Linear, transformers' Conv1D")
 
 
 class Wrapped(Contextual):

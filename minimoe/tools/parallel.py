@@ -61,12 +61,17 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def average(weights: Iterable[Tensor]) -> None:
-    """Make each gradient its mean over all processes."""
-    if processes() > 1:
-        for weight in weights:
-            assert weight.grad is not None
-            dist.all_reduce(weight.grad)
-            weight.grad /= processes()
+    """Make each gradient its mean over all processes: 0 in one whose part of the batch did not use
+    the weight; none at all where no part did."""
+    if processes() == 1 or not (weights := list(weights)):
+        return
+    used = torch.tensor([float(w.grad is not None) for w in weights], device=weights[0].device)
+    dist.all_reduce(used)
+    for weight, n in zip(weights, used.tolist(), strict=True):
+        if n:
+            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            dist.all_reduce(grad)
+            weight.grad = grad / processes()
 
 
 def agreed(choice: Any) -> Any:

@@ -47,6 +47,15 @@ def test_a_batch_shared_unevenly_has_the_gradient_of_its_mean(said):
     assert said["gradient"] == pytest.approx(2 * (1 + 4 + 36) / 3)  # by w of the mean of (w x)²
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_micro_batches_under_ddp_have_one_processs_gradients_and_counts(checkpointed, said):
+    assert said["micro"][checkpointed] < 1e-12
+
+
+def test_a_weight_that_a_process_did_not_use_has_gradient_0_there(said):
+    assert said["unused"] == [1.5, None]
+
+
 def test_compare_under_torchrun_writes_once_and_the_same(tmp_path):
     args = ["compare", "--schemes", "mora", "lora_moe_plugin", "class_mean"]
     args += ["--tasks", 2, "--epochs", 1, "--seeds", 3]
