@@ -81,9 +81,9 @@ class LoRAMoE(Adapter):
 
 
 def switch_balance(l: Tensor, expert: Tensor, mask: Tensor) -> Tensor:
-    """E · Σ_e f_e P_e of logits l (..., E) and kept expert (..., k), over tokens of mask (...) 1 in
-    all processes: f_e is the share of the kept that are e, P_e the mean of softmax(l)_e (Fedus et
-    al., arXiv 2101.03961, eq. 4-6). 1 if routing is uniform, E if one takes all, 0 if no tokens."""
+    """E · Σ_e f_e P_e of logits l (..., E), kept expert (..., k), over tokens of mask (...) 1 in
+    all processes: f_e the share of the kept that are e, P_e the mean of softmax(l)_e (2101.03961,
+    eq. 4-6). 1 if uniform, E if one takes all, 0 if no token. MixLoRA's (2404.15159) is k times."""
     E, k, m = l.shape[-1], expert.shape[-1], mask.unsqueeze(-1)
     P = (m * widened(l).softmax(-1)).reshape(-1, E).sum(0)
     f = torch.zeros_like(P).scatter_add(0, expert.flatten(), m.to(P).expand_as(expert).flatten())

@@ -1,8 +1,8 @@
 """MoRA: rank-1 experts that score themselves.
 
 Little By Little: Continual Learning via Self-Activated Sparse Mixture-of-Rank Adaptive
-Learning. Lu et al., arXiv 2506.21035, eq. 2-8; called MoRAM from its third version on.
-(Not kongds' MoRA, "High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130.)
+Learning; from version 3 on, via Incremental Mixture of Rank-1 Associative Memory Experts (MoRAM).
+Lu et al., arXiv 2506.21035, eq. 2-8. (Not the MoRA of "High-Rank Updating", arXiv 2405.12130.)
 
 The one equation, with what the ranks see as the gate's logits:
 
@@ -19,8 +19,8 @@ x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values. Each rank is an expert: E
 Life: one task trains r new ranks; all older ones are frozen. New ranks change old inputs' outputs
 even before they are trained (they enter ‖z‖, and compete for the k places).
 
-Departures: k is capped at R, as in one of the authors' two code bases; their least k of 2 and
-the dropout on the adapter's input are left out. `detach_gate` is ours: another method.
+Departures: k is capped at R, as in one of the authors' two code bases; no least k of 2, no dropout
+on x, no alpha / r lost where ranks freeze (their TRACE code). `detach_gate` is ours.
 """
 
 from dataclasses import replace
@@ -39,7 +39,7 @@ class MoRA(Adapter):
     Args beyond Adapter's:
         top_k: k, ranks kept per token, at most all.
         tau: temperature of the softmax; the smaller, the sharper.
-        delta: threshold on s in [-1, 1], in evaluation only; at -1 or below it never prunes.
+        delta: threshold on s, in evaluation only; -1: none (in both authors' codes: 0 or less).
         detach_gate: no gradient through w.
 
     Raises ValueError if top_k < 1, if tau is not above 0, or if delta is no number.

@@ -23,7 +23,9 @@ expert has G = 1. Clusters are k-means clusters of the samples' embeddings, and 
 
 Departures: nothing makes a new cluster prefer the new expert: if its embedding first falls to an
 old one, which is frozen, it stays there. The paper clusters all data once and trains four experts
-at once. The authors' code multiplies the chosen expert by G twice. M is not given there; here 16.
+at once. The authors' code multiplies the chosen expert by G twice, has M = 384 (here 16) and
+alpha / r = 4 (here `scale` 1), adds noise N(0, .1) to the logits in training, and gives the
+router a bias; none of these is in the paper.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Intuition-MoR1E: single ranks, weighted by a router and by what the whole sample is like.
 
 Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetuning. Liu et al., arXiv
-2404.08985.
+2404.08985; since its later versions called T-REX.
 
 The one equation, with weights of two kinds, one per token and one per sample:
 
@@ -23,7 +23,7 @@ frozen. Its r centres, random at first, are set to k-means centres of its sample
 length 1, when the data are there: `MoR1ELearner`.
 
 Departures: the paper trains one mixture, with one set of centres from all data, shared by all
-layers; here each layer has its own copy.
+layers; here each layer has its own copy. T-REX's default is 4 experts of rank 8, not single ranks.
 """
 
 from typing import Any, cast

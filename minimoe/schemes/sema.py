@@ -26,8 +26,12 @@ Life (`SEMALearner`): for a new task, layer by layer from the input on, if `surp
 train the new expert and router row, then the live descriptor (its loss is the mean of eps_e over
 samples), then `settle`. A layer that is not surprised stays as it is. If none is, nothing trains.
 
+Where a model calls its layers on one token at a time, as in generation with a cache, that token is
+all that a sample's mean is of.
+
 Departures: the paper's experts are adapters beside a transformer's MLP; these are LoRAs of any
-linear layer. Its head goes on training; the class embeddings here are frozen.
+linear layer. Its head goes on training; the class embeddings here are frozen. The authors' code
+has descriptors of width 128 (here h = 8), and mu and sigma of the last 500 records alone.
 """
 
 from typing import Any, cast
