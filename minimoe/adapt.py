@@ -155,7 +155,7 @@ def unwrap(model: nn.Module, merge: bool = True) -> nn.Module:
     cannot be: its weight is tied, parametrised, pruned or quantised.
     """
     layers = list(adapters(model))
-    ours = [a for _, a in layers if merge and a.claims.mergeable and a.unmerged is None]
+    ours: list[Any] = [a for _, a in layers if merge and a.claims.mergeable and a.unmerged is None]
     for adapter in ours:
         adapter.tied = _tied(model, adapter.base)
         adapter.require_plain_weight()
@@ -189,14 +189,14 @@ def grow(model: nn.Module) -> None:
     """
     refuse_wrapped(model)
     layers = list(adapters(model))
-    before = [(dict(a._parameters), dict(a._buffers), a.counts) for _, a in layers]
+    before = [(dict(a._parameters), dict(a._buffers), a.step.counts) for _, a in layers]
     for name, adapter in layers:
         try:
             adapter.grow()
         except Exception as error:
             for (_, layer), (parameters, buffers, counts) in zip(layers, before, strict=True):
                 layer._parameters, layer._buffers = parameters, buffers
-                layer.counts = counts
+                layer.step.counts = counts
                 for parameter in parameters.values():
                     vars(parameter).pop("outgrown_by", None)
             raise RuntimeError(f"{name} cannot grow: {error}; no layer has grown") from error
@@ -222,9 +222,10 @@ def count(model: nn.Module) -> dict[str, int]:
 def after_step(model: nn.Module) -> None:
     """The optimiser has made a step: every adapter does what its scheme does between steps, such as
     to move the biases that balance its ranks, by all that it has counted since the last."""
-    for _, adapter in adapters(model):
-        adapter.after_step()
-        adapter.end_step()
+    for adapter in model.modules():
+        if isinstance(adapter, Adapter):
+            adapter.after_step()
+            adapter.end_step()
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -369,12 +370,12 @@ def _watch(model: nn.Module, made: dict[str, Adapter]) -> None:
 
 def _begin(layers: list[Adapter], module: nn.Module, args: Any) -> None:
     for layer in layers:
-        layer.called = layer.read = False
+        layer.step.called = layer.step.read = False
 
 
 def _end(layers: list[Adapter], module: nn.Module, args: Any, output: Any) -> None:
     for layer in layers:
-        if layer.read and not layer.called:
+        if layer.step.read and not layer.step.called:
             owner = type(module).__name__
             raise RuntimeError(
                 f"{layer.where}: {owner} uses its weight and does not call it, so the adapter "

@@ -97,11 +97,11 @@ class Adapter(Wrapped):
         return rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.called = True
+        self.step.called = True
         if self.unmerged is not None:
             return self.base(x)
         if self.training:
-            refuse_old_wrapper(self.B, self.where)
+            refuse_old_wrapper(self)
         update = self.samples_first(self.update(self.samples_first(self.cast(x))))
         y = self.base(x)
         return self.hold(update.to(y.dtype).add_(y))  # in place: one array of (..., O) less

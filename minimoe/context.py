@@ -20,7 +20,7 @@ training pass has no loss; a layer says so once.
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,24 @@ class Record:
         self.blind |= blind
 
 
+@dataclass
+class Step:
+    """What belongs to a layer's step, and to no copy of the layer.
+
+    record: of the batch that is open. counts: see Contextual. last: the context of the last pass,
+    for its second run; waiting: those of passes without gradients. called, read: whether in its
+    owner's pass the layer was called, and its weight asked for (wrapped.py). warned: once is all.
+    """
+
+    record: Record | None = None
+    counts: Tensor | None = None
+    last: Mapping[str, Tensor] = field(default_factory=dict)
+    waiting: tuple[Mapping[str, Tensor], ...] = ()
+    called: bool = False
+    read: bool = False
+    warned: bool = False
+
+
 def runs_again() -> bool:
     """Whether a checkpointed block runs a second time: a forward pass inside a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -56,11 +74,15 @@ class Contextual(nn.Module):
     name = ""  # in its model
     batch_first = True
     mean_over_layers = False  # whether its loss is the mean over a model's layers, not the sum
-    record: Record | None = None  # of the batch that is open
-    counts: Tensor | None = None  # (R,) int64: how often each rank was kept since the last step
-    _last: Mapping[str, Tensor] = {}  # the context of the last pass, for its second run
-    _waiting: tuple[Mapping[str, Tensor], ...] = ()  # those of passes without gradients
-    _warned = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = Step()
+
+    @property
+    def counts(self) -> Tensor | None:
+        """c (R,) int64: how often each rank was kept since the last step."""
+        return self.step.counts
 
     @property
     def where(self) -> str:
@@ -71,9 +93,10 @@ class Contextual(nn.Module):
     @property
     def context(self) -> Mapping[str, Tensor]:
         """The values that are given now, by name."""
-        if runs_again() and not (self.record and self.record.again):
-            return self._last
-        return self.record.values if self.record else {}
+        record = self.step.record
+        if runs_again() and not (record and record.again):
+            return self.step.last
+        return record.values if record else {}
 
     def needs(self) -> dict[str, range | int]:
         """The context that the gate needs of each sample, in this mode: by name, the range of
@@ -112,30 +135,36 @@ class Contextual(nn.Module):
         return value.reshape((*samples, *[1] * (x.ndim - 1 - len(samples)), *width))
 
     def mask(self, x: Tensor) -> Tensor:
-        """m (...) in float32, for each token of x (..., D): 0 where the batch's mask says that it
-        is padding, else 1. Raises ValueError if the mask is not of x's first axes."""
+        """m (...) in float32 (float64 for float64), for each token of x (..., D): 0 where the
+        batch's mask says that it is padding, else 1. Raises ValueError if the mask is not of x's
+        first axes."""
         tokens, mask = x.shape[:-1], self.context.get("mask")
+        wide = torch.promote_types(x.dtype, torch.float32)
         if mask is None:
-            return x.new_ones(tokens, dtype=torch.float32)
+            return x.new_ones(tokens, dtype=wide)
         if mask.shape != tokens[: mask.ndim]:
             allowed = f"{tuple(x.shape)}: its first axes"
             raise ValueError(f"{self.where}: mask is {tuple(mask.shape)}, allowed for x {allowed}")
-        return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens).float()
+        return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens).to(wide)
 
     def penalty(self) -> Tensor | None:
         """A loss of the weights alone. It counts once in a batch, for a layer in training."""
         return None
 
+    @property
+    def has_penalty(self) -> bool:
+        return type(self).penalty is not Contextual.penalty
+
     def leave(self, loss: Tensor | None = None, counts: Tensor | None = None) -> None:
         """Keep for the open batch what a pass has left beside its output."""
-        again, blind = runs_again(), not torch.is_grad_enabled()
-        if again:
+        step, blind = self.step, not torch.is_grad_enabled()
+        if runs_again():
             self._meet()
             return
-        self._last = self.context
-        if blind and self.training and self._last:
-            self._waiting = (*self._waiting, self._last)
-        if self.record is None:
+        step.last = step.record.values if step.record else {}
+        if blind and self.training and step.last:
+            step.waiting = (*step.waiting, step.last)
+        if step.record is None:
             if self.training and not blind and not torch.compiler.is_compiling():
                 self._warn(loss is not None or counts is not None)
             return
@@ -145,32 +174,32 @@ class Contextual(nn.Module):
                 "DistributedDataParallel"
             )
         if loss is not None:
-            self.record.add(loss, blind)
+            step.record.add(loss, blind)
         if counts is not None:
-            self.counts = counts if self.counts is None else self.counts + counts
+            step.counts = counts if step.counts is None else step.counts + counts
 
     def hold(self, y: Tensor) -> Tensor:
         """y, whose backward pass stops if a second run had another context than this one."""
-        values = self.context.values()
-        if not values or torch.compiler.is_compiling() or not y.requires_grad:
+        if not y.requires_grad or torch.compiler.is_compiling() or not (values := self.context):
             return y
-        return _Hold.apply(y, self.where, *values)
+        return _Hold.apply(y, self.where, *values.values())
 
     def end_step(self) -> None:
         """The counts have been used."""
-        self.counts, self._waiting = None, ()
+        self.step.counts, self.step.waiting = None, ()
 
     def _meet(self) -> None:
         """A second run: stop if passes of several contexts wait for theirs."""
-        known = self.record is not None and self.record.again
-        if not known and len({id(values) for values in self._waiting}) > 1:
-            self._waiting = ()
+        step = self.step
+        known = step.record is not None and step.record.again
+        if not known and len({id(values) for values in step.waiting}) > 1:
+            step.waiting = ()
             raise RuntimeError(_TWO.format(self.where))
-        self._waiting = self._waiting[:-1]
+        step.waiting = step.waiting[:-1]
 
     def _warn(self, left: bool) -> None:
-        if not self._warned and (left or type(self).penalty is not Contextual.penalty):
-            self._warned = True
+        if not self.step.warned and (left or self.has_penalty):
+            self.step.warned = True
             warnings.warn(
                 f"{type(self).__name__} has an auxiliary loss or counts, which a training pass "
                 "leaves only inside `with context(model) as batch:`; batch.aux_loss is the loss",
@@ -179,7 +208,7 @@ class Contextual(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to one step."""
-        return self.__dict__ | {"record": None, "counts": None, "_last": {}, "_waiting": ()}
+        return self.__dict__ | {"step": Step(warned=self.step.warned)}
 
 
 _TWO = (
@@ -234,7 +263,7 @@ class Batch:
             if record.loss is not None:
                 total = total + record.loss / (alike if layer.mean_over_layers else 1)
         for layer in self.layers:
-            if layer.training:
+            if layer.training and layer.has_penalty:
                 device = next(layer.parameters()).device.type
                 with torch.autocast(device, enabled=False):
                     penalty = layer.penalty()
@@ -270,24 +299,24 @@ def context(model: nn.Module, *, mask: Tensor | None = None, **values: Tensor) -
     if mask is not None:
         _require_mask(mask)
     layers = [layer for layer in model.modules() if isinstance(layer, Contextual)]
-    outer = [layer.record for layer in layers]
-    counts = [layer.counts for layer in layers]
+    outer = [layer.step.record for layer in layers]
+    counts = [layer.step.counts for layer in layers]
     again = runs_again()
     records = [Record({**layer.context, **values}, again) for layer in layers]
     try:
         for layer, record in zip(layers, records, strict=True):
-            layer.record = record
+            layer.step.record = record
         yield Batch(layers, records)
         for then, record in zip(outer, records, strict=True):
             if then is not None and record.loss is not None:
                 then.add(record.loss, record.blind)
     except BaseException:
         for layer, before in zip(layers, counts, strict=True):
-            layer.counts = None if layer.counts is None else before
+            layer.step.counts = None if layer.step.counts is None else before
         raise
     finally:
         for layer, then in zip(layers, outer, strict=True):
-            layer.record = then
+            layer.step.record = then
 
 
 def _require_mask(mask: Tensor) -> None:
@@ -310,5 +339,7 @@ class WithContext(nn.Module):
         self.model, self.describe = model, describe
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with context(self.model, **self.describe(*args, **kwargs)):
+        if not (values := self.describe(*args, **kwargs)):
+            return self.model(*args, **kwargs)
+        with context(self.model, **values):
             return self.model(*args, **kwargs)

@@ -86,6 +86,6 @@ def switch_balance(l: Tensor, expert: Tensor, mask: Tensor) -> Tensor:
     eq. 4-6). 1 if uniform, E if one takes all, 0 if no token. MixLoRA's (2404.15159) is k times."""
     E, k, m = l.shape[-1], expert.shape[-1], mask.unsqueeze(-1)
     P = (m * widened(l).softmax(-1)).reshape(-1, E).sum(0)
-    f = torch.zeros_like(P).scatter_add(0, expert.flatten(), m.to(P).expand_as(expert).flatten())
+    f = torch.zeros_like(P).scatter_add(0, expert.flatten(), m.expand_as(expert).flatten())
     f, P, kept = sum_over_processes(torch.cat([f, P, f.sum(0, keepdim=True)])).split([E, E, 1])
     return E * (f / kept.clamp_min(1) * (k * P / kept.clamp_min(1))).sum()

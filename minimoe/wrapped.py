@@ -29,7 +29,6 @@ def sizes(base: nn.Module) -> tuple[int, int]:
 class Wrapped(Contextual):
     """A frozen linear layer, wrapped, and what it answers for. Raises TypeError if base is none."""
 
-    called = read = False  # in the owner's pass: this layer; the weight, past this layer (adapt.py)
     base: nn.Linear
     tied = ""  # another parameter of the model that is W0 too
     unmerged: Tensor | None
@@ -44,7 +43,7 @@ class Wrapped(Contextual):
     @property
     def weight(self) -> Tensor:
         """W0, for an owner that asks for its dtype or the like, and then calls the layer."""
-        self.read = True
+        self.step.read = True
         return self.base.weight
 
     @property
@@ -54,9 +53,9 @@ class Wrapped(Contextual):
     @property
     def dtype(self) -> torch.dtype:
         """The adapter's own; at first float32, or float64 where base is."""
-        wide = self.base.weight.dtype == torch.float64
-        new = torch.float64 if wide else torch.float32
-        return next((p.dtype for p in self._parameters.values() if p is not None), new)
+        for parameter in self._parameters.values():
+            return parameter.dtype  # type: ignore[union-attr]
+        return torch.float64 if self.base.weight.dtype == torch.float64 else torch.float32
 
     def empty(self, *shape: int) -> Tensor:
         """A tensor of the adapter's dtype, on its device, to be filled."""
@@ -64,7 +63,9 @@ class Wrapped(Contextual):
 
     def cast(self, x: Tensor) -> Tensor:
         """x in the dtype to compute in: the adapter's, or under autocast what comes."""
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.dtype)
+        dtype = self.dtype
+        same = x.dtype == dtype or torch.is_autocast_enabled(x.device.type)
+        return x if same else x.to(dtype)
 
     def samples_first(self, x: Tensor) -> Tensor:
         """x (samples, tokens..., D) of x as it comes, and back."""

@@ -26,7 +26,6 @@ every label is the same, which a row satisfies by being large: here the method i
 element.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -98,6 +97,5 @@ def label_loss(l: Tensor, label: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of logits l (..., E) with label (...): the mean over the tokens of all
     processes where mask (...) is 1, 0 for an empty batch."""
     each = F.cross_entropy(widened(l).reshape(-1, l.shape[-1]), label.flatten(), reduction="none")
-    m = mask.to(each).flatten()
-    total, tokens = sum_over_processes(torch.stack([(m * each).sum(), m.sum()]))
-    return total / tokens.clamp_min(1)
+    total, tokens = (mask.flatten() * each).sum(), mask.sum()
+    return sum_over_processes(total) / sum_over_processes(tokens).clamp_min(1)

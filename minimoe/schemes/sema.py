@@ -92,9 +92,8 @@ class SEMA(Adapter):
         loss = None
         if self.training:
             eps = self.errors(m.detach())[..., -1]  # of the live descriptor
-            sums = torch.stack([(weight * eps).sum(), weight.sum().to(eps)])
-            total, n = sum_over_processes(sums)
-            loss = total / n.clamp_min(1)
+            n = sum_over_processes(weight.sum()).clamp_min(1)
+            loss = sum_over_processes((weight * eps).sum()) / n
         g = w.repeat_interleave(self.block, -1).expand(*x.shape[:-1], self.ranks)
         return Gate(None, g, self.project(x, "A"), loss)
 

@@ -40,19 +40,20 @@ def refuse_old_optimiser(optimiser: Optimizer, *_: Any) -> None:
 register_optimizer_step_pre_hook(refuse_old_optimiser)
 
 
-def refuse_old_wrapper(parameter: Tensor, where: str) -> None:
-    """Raise RuntimeError in a pass of a DistributedDataParallel that was made before the parameter
-    of the layer `where`."""
-    if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+def refuse_old_wrapper(layer: Any) -> None:
+    """Raise RuntimeError in a pass of a DistributedDataParallel that was made before the layer's
+    values B."""
+    if not (dist.is_available() and dist.is_initialized()) or torch.compiler.is_compiling():
         return
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is not None:
         if wrapper not in _known:
             _known[wrapper] = {id(p) for p in wrapper._module_parameters}
-        if id(parameter) not in _known[wrapper]:
+        if id(layer.B) not in _known[wrapper]:
             raise RuntimeError(
-                f"{where} has grown since this DistributedDataParallel was made, whose replicas "
-                "would drift apart: wrap the model anew after grow(), and make a new optimiser"
+                f"{layer.where} has grown since this DistributedDataParallel was made, whose "
+                "replicas would drift apart: wrap the model anew after grow(), and make a new "
+                "optimiser"
             )
 
 

@@ -89,7 +89,7 @@ def gradients_of_micro_batches(checkpointed):
 
 
 def unused_weights():
-    """What `average` makes of a weight that one of two processes uses, and of one that none uses."""
+    """What `average` makes of a weight that one of two processes uses, and of one of neither."""
     one, none = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     if parallel.process() == 0:
         (3 * one).sum().backward()

@@ -198,7 +198,7 @@ def test_a_recorder_changes_nothing():
     recorder.record(model, call=lambda x, j: model(x + j))
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and model[1].training and not model[0].training
-    assert model[0].record is None and not model[0]._forward_hooks
+    assert model[0].step.record is None and not model[0]._forward_hooks
 
 
 def test_a_layer_that_does_not_grow_has_no_later_ranks():

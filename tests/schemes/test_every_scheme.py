@@ -140,7 +140,7 @@ def test_an_auxiliary_loss_is_left_in_training_only(case):
     assert batch.aux_loss == 0.0 and layer.counts is None
     with context(layer.train(), **context_of(layer, 3)) as batch:
         layer(x)
-        assert copy.deepcopy(layer).record is None
+        assert copy.deepcopy(layer).step.record is None
     assert (batch.aux_loss != 0.0) == (case in WITH_AUX)
 
 
