@@ -80,7 +80,7 @@ def test_a_notebook_defines_nothing_that_the_package_has(name):
 # what a user needs, by the room it is in
 NEEDED = {
     "": minimoe.__all__,
-    "adapt": "adapt grow parameters count aux_loss after_step context save load",
+    "adapt": "adapt survey grow parameters count context after_step save load unwrap",
     "lora_moe": "switch_balance",
     "sparse": "rank_sparse rank_scores top_scores",
     "roster": "ROSTER SCHEMES",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimoe import LoRA
-from minimoe.adapt import adapt, adapters, count, grow, load, parameters, save
+from minimoe.adapt import adapt, adapters, count, grow, load, parameters, save, survey, unwrap
 from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, score, task_seed, train
 from minimoe.continual.metrics import acc, bwt, forgetting
 from minimoe.continual.probe import interference
@@ -236,12 +236,17 @@ assert torch.equal(layer(x), before)
 # ## In a model
 #
 # `adapt` wraps every `nn.Linear` whose name matches a pattern, freezes all else, and leaves the
-# model's answers as they are. `count` says what it costs, `parameters` is what an optimiser gets.
+# model's answers as they are. `survey` says beforehand what a pattern matches, and of the rest why
+# it cannot be wrapped. `count` says what it costs, `parameters` is what an optimiser gets.
 
 # %%
+chosen, left_out = survey(backbone, r"fc\d|classes")
+print(list(chosen), left_out)
+assert list(chosen) == ["fc1", "fc2", "fc3"] and list(left_out) == ["classes"]
+
 model = adapt(copy.deepcopy(backbone), LoRA, targets=r"fc\d", rank=8)
 for name, adapter in adapters(model):
-    D, O = adapter.base.in_features, adapter.base.out_features
+    D, O = adapter.in_features, adapter.out_features
     print(f"{name}: {D:3} in, {O:3} out, {8 * (D + O):,} of {D * O:,} numbers train")
 print(count(model))
 assert [name for name, _ in adapters(model)] == ["fc1", "fc2", "fc3"]
@@ -477,6 +482,17 @@ with torch.no_grad():
     assert torch.equal(again(second.x_test), grown_after_2(second.x_test))
 print(f"the file is {share:.0%} of the backbone's size")
 assert 0.2 < share < 0.4
+
+# %% [markdown]
+# `unwrap` is the way back to a plain model: each update is merged into its layer's weight, and the
+# adapters are gone.
+
+# %%
+plain = unwrap(copy.deepcopy(grown_after_2))
+print(plain)
+assert not list(adapters(plain)) and type(plain.fc1) is nn.Linear
+with torch.no_grad():
+    assert torch.allclose(plain(second.x_test), grown_after_2(second.x_test), atol=1e-4)
 
 # %% [markdown]
 # ## Exercises

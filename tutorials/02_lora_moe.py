@@ -183,7 +183,8 @@ assert (moved[~picks] < 1e-5).all()
 # $$\mathrm{balance} = E \sum_e f_e P_e$$
 #
 # f_e is the share of kept places that fall to e, P_e the mean over inputs of the softmax of l. It
-# is 1 where routing is uniform, and up to E where one expert takes all.
+# is 1 where routing is uniform, and up to E where one expert takes all. A mask says which inputs
+# count, and which are padding (0); here all count.
 
 # %%
 E, N = 4, 400
@@ -193,7 +194,7 @@ all_to_one = F.one_hot(torch.zeros(N, dtype=torch.int64), E).float()
 
 
 def balance(logits, k=1):
-    return switch_balance(logits, logits.topk(k).indices).item()
+    return switch_balance(logits, logits.topk(k).indices, torch.ones(len(logits))).item()
 
 
 l = 2.0 * all_to_one

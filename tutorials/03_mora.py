@@ -135,7 +135,7 @@ for mode, weights, answer in ((True, w, [4.0, 6.0]), (False, g, [2.0, 6.0])):
     print("training  " if mode else "evaluation", y.detach().cpu().numpy().round(6))
     assert torch.allclose(y, torch.tensor(answer, **wide))
     assert torch.allclose(layer(x), y)  # the package's forward pass
-    idx, g_kept, z_kept, *_ = layer.gate(x)  # the package's gate: kept ranks, weights, what they see
+    idx, g_kept, z_kept, *_ = layer.gate(x)  # its gate: kept ranks, weights, what they see
     assert idx.tolist() == kept.tolist()
     assert torch.allclose(g_kept, weights[idx])
     assert torch.allclose(z_kept, z[idx])

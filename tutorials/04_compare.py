@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from minimoe import MoRA
+from minimoe.adapt import count
 from minimoe.compare import compare
 from minimoe.continual import metrics, planted, probe, streams
 from minimoe.continual.baselines import Oracle
@@ -63,8 +64,7 @@ assert kinds["class_mean"] == "baseline" and kinds["joint"] == kinds["oracle"] =
 # %%
 for name, scheme in SCHEMES.items():
     layer = scheme(nn.Linear(64, 64), rank=8)
-    own = [tensor for key, tensor in layer.state_dict().items() if not key.startswith("base.")]
-    print(f"{name:16}{scheme.__name__:15}{sum(map(torch.numel, own)):6,} numbers")
+    print(f"{name:16}{scheme.__name__:15}{count(layer)['stored']:6,} numbers")
 
 assert list(SCHEMES) == [name for name, kind in kinds.items() if kind in ("scheme", "atlas")]
 

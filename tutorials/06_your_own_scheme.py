@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from minimoe import Adapter, Claims, Gate, LoRA, LoRAMoE, MoRA, laws
-from minimoe.adapt import adapt, adapters, after_step, aux_loss, context, grow
+from minimoe.adapt import adapt, adapters, after_step, context, grow, state
 from minimoe.continual import streams
 from minimoe.continual.learn import AdapterLearner, pretrain, run_stream
 from minimoe.continual.metrics import acc, bwt
@@ -27,6 +27,7 @@ from minimoe.continual.probe import PROBLEMS, dense_gate
 from minimoe.roster import SCHEMES
 from minimoe.schemes.mocle import MoCLE, MoCLELearner
 from minimoe.schemes.mosld import MoSLD
+from minimoe.schemes.olora import OLoRA
 from minimoe.schemes.smora import SMoRA
 from minimoe.tools.exercise import exercise
 from minimoe.tools.load import load_class
@@ -80,11 +81,17 @@ assert row.verdict == "held"
 # | `buffer_rows` | names of rows that no gradient trains | none |
 # | `after_step()` | what it does when the optimiser has made a step | nothing |
 # | `needs()` | the context it needs: what must be given of each sample beside $x$ | nothing |
+# | `penalty()` | a loss of its weights alone | none |
+#
+# In training a gate may also return a loss, and counts of the ranks that it kept. It changes
+# nothing: what is to be done between steps stands in `after_step`. The layer's sizes are
+# `self.in_features` and `self.out_features`; `self.empty(n)` is room for n numbers, on its device.
 #
 # Who states what, of those that ship:
 
 # %%
 parts = ["claims", "gate", "active", "fresh", "task_agnostic", "buffer_rows", "after_step", "needs"]
+parts += ["penalty"]
 print(f"{'':15}", *parts)
 for name, scheme in SCHEMES.items():
     classes = [cls for cls in scheme.__mro__ if issubclass(cls, Adapter) and cls is not Adapter]
@@ -120,7 +127,7 @@ class FirstTry(Adapter):
         return Gate(idx, z**2 / (z**2).sum(-1, keepdim=True), z)
 
     def active(self):
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * D + self.kept * O
 
 
@@ -382,37 +389,45 @@ assert row.verdict == "held"
 layer = MoSLD(nn.Linear(16, 16), rank=4)
 keys = layer.A
 layer.grow()
-print({name: tuple(t.shape) for name, t in layer.state_dict().items() if "base" not in name})
+print({name: tuple(t.shape) for name, t in state(layer).items()})  # of what is learned
 assert layer.A is keys  # the same parameter
-assert "frozen_A" not in layer.state_dict()
+assert "frozen_A" not in state(layer)
 assert layer.frozen_B.shape == layer.B.shape == (4, 16)
 assert layer.keys.shape == (8, 16)  # once for each expert
 
 # %% [markdown]
 # `buffer_rows` names rows that a task adds and no gradient trains. SMoRA's biases are such:
-# `after_step` lowers that of a rank that was chosen more often than the mean in the last step, and
-# raises the others', by `rate`.
+# `after_step` lowers that of a rank that was chosen more often than the mean since the last step,
+# and raises the others', by `rate`. A batch begins and ends with `context`: inside, the counts that
+# a gate returns are kept in `layer.counts`, and they add up over batches until `after_step`.
 
 # %%
 torch.manual_seed(0)
 layer = SMoRA(nn.Linear(16, 16), rank=4, top_k=1, rate=0.01).train()
 trained = [name for name, p in layer.named_parameters() if p.requires_grad]
 print("buffers", SMoRA.buffer_rows, " trained", trained)
-layer(torch.randn(101, 16))
+for _ in range(2):  # two batches in one step
+    with context(layer):
+        layer(torch.randn(101, 16))
 counts = layer.counts
 after_step(layer)  # `train` in continual/learn.py calls it after every step
-print("chosen", counts.tolist(), " biases", [round(b, 3) for b in layer.bias.tolist()])
-assert "bias" not in dict(layer.named_parameters())
-assert torch.allclose(layer.bias, 0.01 * (counts.mean() - counts).sign())
-assert (layer.bias < 0).any() and (layer.bias > 0).any()
+bias = layer.expert_bias
+print("chosen", counts.tolist(), " biases", [round(b, 3) for b in bias.tolist()])
+assert counts.sum() == 2 * 101 and layer.counts is None
+assert "expert_bias" not in trained
+assert torch.allclose(bias, 0.01 * (counts.float().mean() - counts).sign())
+assert (bias < 0).any() and (bias > 0).any()
 
 # %% [markdown]
 # ## A loss of its own
 #
-# A gate may leave a loss in `self.aux` in training. `aux_loss(model)` is the sum over all adapters,
-# and `learn.train` adds it to the task's. LoRA-MoE's balance loss, over its coefficient, is 1 where
-# the router spreads tokens evenly over $E$ experts; if one expert wins every token with all of the
-# weight, it is $E / k$.
+# In training a gate may return a loss, as `Gate(idx, weight, z, loss)`. Inside
+# `with context(model) as batch:` each adapter keeps what its passes leave. `batch.aux_loss` is the
+# sum over all adapters, and `learn.train` adds it to the task's loss. A training pass outside
+# leaves nothing, and the layer warns once. With `context(model, mask=...)` padding does not count.
+#
+# LoRA-MoE's balance loss, over its coefficient, is 1 where the router spreads tokens evenly over
+# $E$ experts; if one expert wins every token with all of the weight, it is $E / k$.
 
 # %%
 torch.manual_seed(0)
@@ -422,21 +437,41 @@ for _ in range(3):
     grow(model)  # four experts
 model.train()
 x = torch.randn(256, 32) + 1
-model(x)
-even = model[0].aux.item() / 0.01
-aux = aux_loss(model)
-aux.backward()
-assert torch.allclose(aux, model[0].aux + model[2].aux)
+with context(model) as batch:
+    model(x)
+    aux_loss = batch.aux_loss
+aux_loss.backward()
 assert model[2].router.grad.norm() > 0
 assert model[2].A.grad is None  # in its own layer, the loss trains the router alone
 
+with torch.no_grad():  # a gate changes nothing, so it may be asked at any time
+    losses = [model[0].gate(x).loss, model[2].gate(model[:2](x)).loss]
+assert torch.allclose(aux_loss, sum(losses))
+even = losses[0].item() / 0.01
+
+with context(model, mask=torch.arange(300) < 256) as batch:  # 1 where a token counts
+    model(torch.cat([x, torch.zeros(44, 32)]))
+assert torch.allclose(batch.aux_loss, aux_loss)
+
 with torch.no_grad():
     model[0].frozen_router[0] = 1.0  # x has a mean of 1: this row wins every token
-    model(x)
-uneven = model[0].aux.item() / 0.01
+    uneven = model[0].gate(x).loss.item() / 0.01
 print(f"balance loss ÷ coefficient: {even:.3f} as drawn, {uneven:.3f} where one expert takes all")
 assert abs(even - 1) < 0.4
 assert abs(uneven - 4 / 2) < 0.01
+
+# %% [markdown]
+# A loss of the weights alone is `penalty()`. It is part of `batch.aux_loss`, once in a batch. In
+# O-LoRA it is 0 if the new keys are orthogonal to the old ones.
+
+# %%
+layer = OLoRA(nn.Linear(16, 16), rank=4)
+layer.grow()
+with context(layer) as batch:
+    layer(torch.randn(5, 16))
+    layer(torch.randn(5, 16))
+print(f"penalty {layer.penalty().item():.3f}")
+assert torch.equal(batch.aux_loss, layer.penalty())  # once, though there were two passes
 
 # %% [markdown]
 # ## Exercises
@@ -458,7 +493,7 @@ class Loudest(Adapter):
         raise NotImplementedError
 
     def active(self):
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * D + self.kept * O
 
 
@@ -501,7 +536,7 @@ class Hearsay(Adapter):
         return Gate(idx, top.shape[-1] * top.softmax(-1), z.gather(-1, idx))
 
     def active(self):
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * D + self.kept * O
 
 
@@ -535,7 +570,7 @@ class ReadyGate(Adapter):
 
     def fresh(self):
         rows = super().fresh()
-        return rows | {"b": rows["A"].new_zeros(self.rank)}
+        return rows | {"b": self.empty(self.rank).zero_()}
 
     def gate(self, x):
         z = self.project(x, "A")
@@ -546,7 +581,7 @@ class ReadyGate(Adapter):
 # %% exercise 3
 class Ready(ReadyGate):
     def active(self):
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * (D + O)
 
 

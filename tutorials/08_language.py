@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE, MoRA
-from minimoe.adapt import adapt, adapters, after_step, aux_loss, context, count, grow, parameters
+from minimoe.adapt import adapt, adapters, after_step, context, count, grow, parameters
 from minimoe.continual.baselines import ToldLoRA
 from minimoe.continual.probe import Recorder, dense_gate
 from minimoe.tools.exercise import exercise
@@ -171,7 +171,8 @@ def next_loss(model, pieces):
     return F.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
 
 
-def fit(model, weights, text, steps, lr):
+def fit(model, weights, text, steps, lr, **values):
+    """Train on a text; values are context for the adapters, of each piece in a batch."""
     weights = list(weights)
     optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.2)
@@ -179,7 +180,8 @@ def fit(model, weights, text, steps, lr):
     for _ in range(steps):
         starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), device=device)
         pieces = text[starts + torch.arange(CONTEXT + 1, device=device)]
-        total = next_loss(model, pieces) + aux_loss(model)
+        with context(model, **values) as batch:
+            total = next_loss(model, pieces) + batch.aux_loss
         optimiser.zero_grad()
         total.backward()
         optimiser.step()
@@ -223,16 +225,17 @@ SCHEMES = {
 }
 
 
-def with_label(model, label, pieces):
-    """Inside, every piece has that task's label. Only ToldLoRA reads it."""
-    return context(model, label=torch.full((pieces,), label, device=device))
+def labels(task, pieces):
+    """That task's label for every piece. Only ToldLoRA reads it."""
+    return torch.full((pieces,), task, device=device)
 
 
 def row(model, learned):
     """Bits per character of every text. A text that was not learned has a label without ranks."""
     values = []
     for j, name in enumerate(NAMES):
-        with with_label(model, j if j < learned else max(learned, 1), len(test[name])):
+        label = labels(j if j < learned else max(learned, 1), len(test[name]))
+        with context(model, label=label):
             values.append(bits(model, name))
     return values
 
@@ -248,8 +251,7 @@ for name, (scheme, settings) in SCHEMES.items():
     for t, text in enumerate(TASKS):
         if t > 0 and scheme is not LoRA:
             grow(model)
-        with with_label(model, t, BATCH):
-            fit(model, parameters(model), train[text], steps=40, lr=5e-3)
+        fit(model, parameters(model), train[text], steps=40, lr=5e-3, label=labels(t, BATCH))
         rows.append(row(model, t + 1))
         if name != "told":
             recorder.record(model)

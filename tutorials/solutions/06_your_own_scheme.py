@@ -12,7 +12,7 @@ class Loudest(Adapter):
         return Gate(idx, top.softmax(-1), z.gather(-1, idx))
 
     def active(self):
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * D + self.kept * O
 
 
@@ -26,5 +26,5 @@ class Honest(Hearsay):
 class Ready(ReadyGate):
     def active(self):
         # every key and every b could change who is kept; of values, only the kept ones are read
-        D, O = self.base.in_features, self.base.out_features
+        D, O = self.in_features, self.out_features
         return self.ranks * (D + 1) + self.kept * O
