@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .adapter import Adapter
 from .context import Batch, WithContext, context
-from .saving import adapters, beside, load, load_state, save, state
+from .saving import adapters, beside, learned, load, load_state, save, state
 from .tools.outgrown import refuse_wrapped
 from .wrapped import sizes
 
@@ -174,9 +174,10 @@ def unwrap(model: nn.Module, merge: bool = True) -> nn.Module:
             setattr(module, attribute, value)
         for attribute, child in list(module._modules.items()):
             if isinstance(child, Adapter):
-                _move_hooks(child, child.base)
                 setattr(module, attribute, child.base)
-    return model
+    for _, adapter in layers:
+        _move_hooks(adapter, adapter.base)
+    return model.base if isinstance(model, Adapter) else model
 
 
 def grow(model: nn.Module) -> None:
@@ -214,7 +215,7 @@ def count(model: nn.Module) -> dict[str, int]:
     heads = beside(model).values()
     return {
         "trainable": sum(p.numel() for p in parameters(model)),
-        "stored": sum(tensor.numel() for tensor in state(model).values()),
+        "stored": sum(tensor.numel() for tensor in learned(model).values()),
         "active": sum(t.numel() for t in heads) + sum(a.active() for _, a in adapters(model)),
     }
 

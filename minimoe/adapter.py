@@ -97,7 +97,7 @@ class Adapter(Wrapped):
         return rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.step.called = True
+        self.step.called, self.step.used = True, {}
         if self.unmerged is not None:
             return self.base(x)
         if self.training:

@@ -13,8 +13,12 @@ A checkpointed block runs again in the backward pass. The second run has the con
 and leaves nothing; where that cannot be known, a RuntimeError says so.
 
 Limits. A block that is compiled first and then checkpointed cannot know that it runs again: its
-losses and counts are taken twice, so checkpoint inside what is compiled. Without its own `with` a
-training pass has no loss; a layer says so once.
+losses and counts are taken twice, so checkpoint inside what is compiled. A pass in training under
+no_grad, between a reentrant block's two runs and with another context, may be taken for one of
+them: an error. Without its own `with` a training pass has no loss; a layer says so once.
+
+In a Trainer of transformers, `compute_loss` is the place for the `with`, and the callback
+`on_optimizer_step` that for `after_step`.
 """
 
 import contextlib
@@ -46,14 +50,18 @@ class Step:
     """What belongs to a layer's step, and to no copy of the layer.
 
     record: of the batch that is open. counts: see Contextual. last: the context of the last pass,
-    for its second run; waiting: those of passes without gradients. called, read: whether in its
-    owner's pass the layer was called, and its weight asked for (wrapped.py). warned: once is all.
+    for its second run; used: what of it the gate has asked for. waiting: the same of passes without
+    gradients, whose second run may come, how many there are, and whether they differ. called, read:
+    whether in its owner's pass the layer was called, and its weight asked for (wrapped.py).
     """
 
     record: Record | None = None
     counts: Tensor | None = None
     last: Mapping[str, Tensor] = field(default_factory=dict)
-    waiting: tuple[Mapping[str, Tensor], ...] = ()
+    used: dict[str, Tensor] = field(default_factory=dict)
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+    waits: int = 0
+    differ: bool = False
     called: bool = False
     read: bool = False
     warned: bool = False
@@ -115,6 +123,7 @@ class Contextual(nn.Module):
             call = f"with context(model, {name}=...): model(x)"
             raise RuntimeError(f"{self.where} needs the {name}: {call}")
         value, need = self.context[name], self.needs()[name]
+        self.step.used[name] = value
         width = () if isinstance(need, range) else (need,)
         if value.dtype == torch.bool or value.is_floating_point() == isinstance(need, range):
             kind = "integers" if isinstance(need, range) else "floating-point numbers"
@@ -131,7 +140,7 @@ class Contextual(nn.Module):
                 if end not in need:
                     most = len(need) - 1
                     raise ValueError(f"{self.where}: {name} is {end}, allowed: 0 to {most}")
-        value = value if width else value.long()
+        value = value.to(x.device) if width else value.to(x.device, torch.int64)
         return value.reshape((*samples, *[1] * (x.ndim - 1 - len(samples)), *width))
 
     def mask(self, x: Tensor) -> Tensor:
@@ -142,10 +151,12 @@ class Contextual(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         if mask is None:
             return x.new_ones(tokens, dtype=wide)
+        self.step.used["mask"] = mask
         if mask.shape != tokens[: mask.ndim]:
             allowed = f"{tuple(x.shape)}: its first axes"
             raise ValueError(f"{self.where}: mask is {tuple(mask.shape)}, allowed for x {allowed}")
-        return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens).to(wide)
+        mask = mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens)
+        return mask.to(x.device, wide)
 
     def penalty(self) -> Tensor | None:
         """A loss of the weights alone. It counts once in a batch, for a layer in training."""
@@ -162,8 +173,9 @@ class Contextual(nn.Module):
             self._meet()
             return
         step.last = step.record.values if step.record else {}
-        if blind and self.training and step.last:
-            step.waiting = (*step.waiting, step.last)
+        if blind and self.training and step.used:
+            step.differ |= step.waits > 0 and not _same(step.waiting, step.used)
+            step.waiting, step.waits = step.used, step.waits + 1
         if step.record is None:
             if self.training and not blind and not torch.compiler.is_compiling():
                 self._warn(loss is not None or counts is not None)
@@ -180,22 +192,23 @@ class Contextual(nn.Module):
 
     def hold(self, y: Tensor) -> Tensor:
         """y, whose backward pass stops if a second run had another context than this one."""
-        if not y.requires_grad or torch.compiler.is_compiling() or not (values := self.context):
+        if not self.step.used or not y.requires_grad or torch.compiler.is_compiling():
             return y
-        return _Hold.apply(y, self.where, *values.values())
+        return _Hold.apply(y, self.where, *self.step.used.values())
 
     def end_step(self) -> None:
         """The counts have been used."""
-        self.step.counts, self.step.waiting = None, ()
+        self.step.counts, self.step.waits, self.step.differ = None, 0, False
 
     def _meet(self) -> None:
         """A second run: stop if passes of several contexts wait for theirs."""
         step = self.step
         known = step.record is not None and step.record.again
-        if not known and len({id(values) for values in step.waiting}) > 1:
-            step.waiting = ()
+        differ, step.waits = step.differ and not known, max(step.waits - 1, 0)
+        if differ:
+            step.waits, step.differ = 0, False
             raise RuntimeError(_TWO.format(self.where))
-        step.waiting = step.waiting[:-1]
+        step.differ &= step.waits > 0
 
     def _warn(self, left: bool) -> None:
         if not self.step.warned and (left or self.has_penalty):
@@ -209,6 +222,10 @@ class Contextual(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to one step."""
         return self.__dict__ | {"step": Step(warned=self.step.warned)}
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
 
 
 _TWO = (

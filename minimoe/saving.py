@@ -60,7 +60,7 @@ def beside(model: nn.Module) -> dict[str, Tensor]:
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what has been learned: the adapters' own tensors and those that train beside them,
     by name, without any frozen weight of the model itself."""
-    return {name: tensor.detach().clone() for name, tensor in _live(model).items()}
+    return {name: tensor.detach().clone() for name, tensor in learned(model).items()}
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -152,7 +152,8 @@ def _own(layer: Adapter) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in layer.state_dict().items() if key not in theirs}
 
 
-def _live(model: nn.Module) -> dict[str, Tensor]:
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """What `state` copies."""
     own = {
         f"{name}.{key}".lstrip("."): tensor
         for name, layer in adapters(model)

@@ -434,6 +434,30 @@ class TestContextUnderCheckpointing:
         both = zip(self.wanted(net, x, a), self.wanted(net, y, b), strict=True)
         same([p.grad for p in parameters(net)], [g + h for g, h in both])
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_what_no_gate_has_asked_for_may_differ(self, reentrant):
+        net, (x, y) = nn.Sequential(nn.Linear(6, 6).double()), inputs(1, 2)
+        adapt(net, MoRA, "0", rank=2)
+        filled(net[0])
+        total = 0.0
+        for x_, n in ((x, 2), (y, 3)):
+            with context(net, mask=torch.arange(4) < n):
+                total = total + self.run(net, x_, reentrant)
+        total.backward()
+        want = net(x).square().sum() + net(y).square().sum()
+        same([p.grad for p in parameters(net)], torch.autograd.grad(want, parameters(net)))
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_the_same_context_twice_is_right(self, reentrant):
+        net, (x, y), ids = self.net(), inputs(1, 2), torch.tensor([7, 0, 3])
+        total = 0.0
+        for x_ in (x, y):
+            with context(net, cluster=ids):
+                total = total + self.run(net, x_, reentrant)
+        total.backward()
+        both = zip(self.wanted(net, x, ids), self.wanted(net, y, ids), strict=True)
+        same([p.grad for p in parameters(net)], [g + h for g, h in both])
+
     def test_an_output_may_be_changed_in_place(self):
         net, (x,) = self.net(), inputs(1)
         with context(net, cluster=torch.tensor([7, 0, 3])):

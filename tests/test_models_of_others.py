@@ -326,6 +326,15 @@ class TestMerging:
         x = torch.randn(4, 6)
         assert torch.equal(model(x), plain(x))
 
+    def test_a_shared_layers_hooks_come_back_too(self):
+        shared, seen = nn.Linear(6, 6), []
+        shared.register_forward_hook(lambda layer, args, y: seen.append(y))
+        model = nn.Sequential(shared, nn.ReLU(), shared)
+        unwrap(at_random(adapt(model, LoRA, "0|2", rank=2)))
+        assert model[0] is model[2] is shared
+        model(torch.randn(4, 6))
+        assert len(seen) == 2
+
     def test_it_can_be_adapted_again(self):
         model = unwrap(at_random(adapt(net(), LoRA, "0|3", rank=2)))
         adapt(model, MoRA, "0|3", rank=2)
