@@ -86,11 +86,13 @@ def adapt(
             made[key].tied = _tied(model, layer)
         except ValueError as error:
             raise ValueError(f"{name} ({type(layer).__name__}): {error}") from None
+        except Exception as error:
+            error.add_note(f"in {name} ({type(layer).__name__})")
+            raise
         finally:  # nothing is changed yet
             for parameter in trainable:
                 parameter.requires_grad = True
-    own = {id(p) for _, adapter in adapters(model) for p in adapter.parameters(recurse=False)}
-    kept = own | {id(p) for p in heads} | {id(p) for p in _marked(model)}
+    kept = {id(p) for p in (*_of_adapters(model), *_marked(model), *heads)}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad = False
@@ -120,21 +122,22 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
     chosen: dict[str, Any] = {}
     left_out = {}
     for name, module in modules.items():
-        own = list(module.parameters(recurse=False))
+        weight = next(module.parameters(), None)
         if not name or not re.fullmatch(targets, name) or isinstance(module, Adapter):
             continue
         if name.startswith(inside):
             raise ValueError(f"targets {targets!r} matches {name}, which is adapted already")
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if not _is_linear(module):
+            own = any(True for _ in module.parameters(recurse=False))
             if own or kind.startswith("torch.ao.nn.quantized"):
                 left_out[name] = f"a {kind}, allowed: nn.Linear, transformers' Conv1D"
             continue
         if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
             raise ValueError(f"{name}: nn.MultiheadAttention reads its weight past any wrapper")
-        if isinstance(own[0], nn.parameter.UninitializedParameter):
+        if isinstance(weight, nn.parameter.UninitializedParameter):
             left_out[name] = f"a {kind} without weights yet: call the model once first"
-        elif own[0].is_meta:
+        elif weight is not None and weight.is_meta:
             left_out[name] = f"a {kind} on the meta device: load its weights first"
         else:
             chosen[name] = module
@@ -274,6 +277,13 @@ def _trained(model: nn.Module, train: str | None, chosen: dict[str, Any]) -> lis
         names = [name for name, _ in model.named_children()]
         raise ValueError(f"train {train!r} matches no parameter; there are: {', '.join(names)}")
     return found
+
+
+def _of_adapters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The adapters' own parameters, which are all of theirs but their bases'."""
+    for _, adapter in adapters(model):
+        theirs = {id(p) for p in adapter.base.parameters()}
+        yield from (p for p in adapter.parameters() if id(p) not in theirs)
 
 
 def _mark(model: nn.Module, heads: list[nn.Parameter]) -> None:

@@ -13,9 +13,9 @@ A checkpointed block runs again in the backward pass. The second run has the con
 and leaves nothing; where that cannot be known, a RuntimeError says so.
 
 Limits. A block that is compiled first and then checkpointed cannot know that it runs again: its
-losses and counts may be taken twice, so checkpoint inside what is compiled. A pass in training under
-no_grad, between a reentrant block's two runs and with another context, may be taken for one of
-them: an error. Without its own `with` a training pass has no loss; a layer says so once, and a
+losses and counts may be taken twice, so checkpoint inside what is compiled. A pass in training
+under no_grad, between a reentrant block's two runs and with another context, may be taken for one
+of them: an error. Without its own `with` a training pass has no loss; a layer says so once, and a
 compiled one does not.
 
 In a Trainer of transformers, `compute_loss` is the place for the `with`, and the callback

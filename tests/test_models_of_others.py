@@ -146,6 +146,21 @@ class TestSecondCall:
         with pytest.raises(ValueError, match=r"matches 0\.base, which is adapted already"):
             adapt(model, LoRA, r".*", rank=2)
 
+    def test_modules_inside_a_scheme_of_ones_own_go_on_training(self):
+        class Own(LoRA):
+            def __init__(self, base, rank=2, scale=1.0):
+                super().__init__(base, rank, scale)
+                self.inner = nn.Linear(self.in_features, 1)
+
+        model = adapt(net(), Own, "0")
+        adapt(model, LoRA, "3", rank=2)
+        assert model[0].inner.weight.requires_grad and not model[0].base.weight.requires_grad
+        assert "0.inner.weight" in state(model)
+
+    def test_a_computed_weight_without_a_bias_is_wrapped(self):
+        model = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6, bias=False)))
+        adapt(model, LoRA, "0", rank=2)(torch.randn(3, 6))
+
 
 class TestHead:
     """train=: what learns beside the adapters."""
@@ -243,7 +258,7 @@ class TestAllOrNothing:
 
         model = net()
         before = snapshot(model)
-        with pytest.raises(RuntimeError, match=r"^no$"):
+        with pytest.raises(RuntimeError, match=r"^no\nin 3 \(Linear\)$"):
             adapt(model, Fails, "0|3", rank=2)
         assert unchanged(model, before)
 
