@@ -76,7 +76,9 @@ def adapt(
     heads = _trained(model, train, chosen)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, allowed: a floating-point dtype")
-    first = {id(layer): name for name, layer in reversed(chosen.items())}
+    first: dict[int, str] = {}
+    for name, layer in chosen.items():  # in the model's order, in which seeded keys are drawn
+        first.setdefault(id(layer), name)
     trainable = [p for p in model.parameters() if p.requires_grad]
     made: dict[int, Adapter] = {}
     for key, name in first.items():
@@ -142,9 +144,10 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
         else:
             chosen[name] = module
     for name, _ in model.named_parameters():
-        if re.fullmatch(targets, name) and not name.startswith(inside):
-            owner = type(modules[name.rpartition(".")[0]]).__name__
-            left_out[name] = f"a parameter of a {owner}, and no layer"
+        owner = modules[name.rpartition(".")[0]]
+        ours = name.startswith(inside) or _is_linear(owner)
+        if re.fullmatch(targets, name) and not ours:
+            left_out[name] = f"a parameter of a {type(owner).__name__}, and no layer"
     return chosen, left_out
 
 

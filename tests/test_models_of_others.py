@@ -121,6 +121,16 @@ def _merged(layer):
     return layer.base.weight + update, layer.base.bias
 
 
+def test_layers_are_made_in_the_models_order():
+    torch.manual_seed(1)
+    model = adapt(net(), LoRA, "0|3", rank=2)
+    keys = [layer.A.clone() for _, layer in adapters(model)]
+    torch.manual_seed(0)
+    plain = net()
+    assert torch.equal(LoRA(plain[0], rank=2).A, keys[0])
+    assert torch.equal(LoRA(plain[3], rank=2).A, keys[1])
+
+
 class TestSecondCall:
     def test_both_calls_adapters_train(self):
         model = adapt(net(), MoRA, "0", rank=2)

@@ -109,9 +109,9 @@ def train(
     model.train()
     step = 0
     for _ in range(epochs):
-        for batch in torch.randperm(len(y), generator=order).to(y.device).split(BATCH):
-            rows = batch[mine]
-            share = len(rows) * parallel.processes() / len(batch)  # 1, but for a last batch
+        for all_rows in torch.randperm(len(y), generator=order).to(y.device).split(BATCH):
+            rows = all_rows[mine]
+            share = len(rows) * parallel.processes() / len(all_rows)  # 1, but for a last batch
             with context(model) as batch:
                 total = share * loss(model(x[rows]), y[rows]) + batch.aux_loss
             step += 1
