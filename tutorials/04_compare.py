@@ -461,7 +461,7 @@ for stream in ("permuted-digits", "rotated-digits"):
 assert spreads_overlap("mora", "mor1e", "rotated-digits")
 assert compared("mora", "mor1e", "rotated-digits").verdict == "holds"
 # the smaller difference of the two holds, the larger does not
-small, large = (compared(name, "olora", "permuted-digits") for name in ("lora_moe_plugin", "ewc"))
+small, large = (compared(name, "lora_moe", "split-digits") for name in ("head_only", "mora"))
 assert 0 < small.difference[0] < large.difference[0]
 assert small.verdict == "holds" and large.verdict == "mixed"
 # first by its mean, and not told from the second
