@@ -1,6 +1,7 @@
 """Put any scheme into any torch model, let it grow, and take it out again."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,8 +15,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .adapter import Adapter
 from .context import Batch, WithContext, context
 from .saving import adapters, beside, learned, load, load_state, save, state
-from .tools.outgrown import refuse_wrapped
-from .wrapped import sizes
+from .tools.outgrown import refuse_wrapped, take_back
+from .wrapped import Use, sizes
 
 __all__ = [
     "Batch",
@@ -73,6 +74,9 @@ def adapt(
     chosen, left_out = survey(model, targets)
     if not chosen:
         raise ValueError(f"targets {targets!r} {_nothing(model, left_out)}")
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(module is layer for layer in chosen.values()):
+            chosen.setdefault(name, module)
     heads = _trained(model, train, chosen)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, allowed: a floating-point dtype")
@@ -94,11 +98,13 @@ def adapt(
         finally:  # nothing is changed yet
             for parameter in trainable:
                 parameter.requires_grad = True
+    for layer in chosen.values():
+        layer.__dict__.pop("trained_beside", None)
     kept = {id(p) for p in (*_of_adapters(model), *_marked(model), *heads)}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad = False
-    _mark(model, heads)
+    _mark(model, train, heads)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in chosen.items():
         adapter, (owner, _, attribute) = made[id(layer)], name.rpartition(".")
@@ -129,6 +135,8 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
             continue
         if name.startswith(inside):
             raise ValueError(f"targets {targets!r} matches {name}, which is adapted already")
+        if "adapted" in vars(module):
+            raise ValueError(f"targets {targets!r} matches {name}, adapted under another name")
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if not _is_linear(module):
             own = any(True for _ in module.parameters(recurse=False))
@@ -141,6 +149,8 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
             left_out[name] = f"a {kind} without weights yet: call the model once first"
         elif weight is not None and weight.is_meta:
             left_out[name] = f"a {kind} on the meta device: load its weights first"
+        elif hasattr(weight, "device_mesh"):
+            left_out[name] = f"a {kind} sharded by FSDP: adapt the plain model, then shard it"
         else:
             chosen[name] = module
     for name, _ in model.named_parameters():
@@ -152,7 +162,8 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
 
 
 def unwrap(model: nn.Module, merge: bool = True) -> nn.Module:
-    """The plain model again, in place, its layers where they were, and frozen.
+    """The plain model again, in place: its layers where they were, frozen, with their hooks. What
+    trained beside them goes on training.
 
     With `merge` the update of each scheme that can be merged (claims.mergeable) is added to its
     layer's weight; all others end with their adapters, as do all without it. Save them first.
@@ -174,15 +185,17 @@ def unwrap(model: nn.Module, merge: bool = True) -> nn.Module:
     for module in list(model.modules()):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, partial) and hook.func in (_begin, _end):
+                if isinstance(hook, partial) and hook.func in (_begin, _end, _past):
                     del hooks[key]
         for attribute, value in module.__dict__.pop("unfused", {}).items():
             setattr(module, attribute, value)
         for attribute, child in list(module._modules.items()):
             if isinstance(child, Adapter):
                 setattr(module, attribute, child.base)
+        module.__dict__.pop("trained_beside", None)
     for _, adapter in layers:
         _move_hooks(adapter, adapter.base)
+        del adapter.base.adapted
     return model.base if isinstance(model, Adapter) else model
 
 
@@ -205,7 +218,8 @@ def grow(model: nn.Module) -> None:
                 layer._parameters, layer._buffers = parameters, buffers
                 layer.step.counts = counts
                 for parameter in parameters.values():
-                    vars(parameter).pop("outgrown_by", None)
+                    if parameter is not None:
+                        take_back(parameter)
             raise RuntimeError(f"{name} cannot grow: {error}; no layer has grown") from error
 
 
@@ -255,6 +269,9 @@ def _nothing(model: nn.Module, left_out: dict[str, str]) -> str:
 
 def _made(adapter: Adapter, name: str, dtype: torch.dtype | None) -> Adapter:
     adapter.name = name
+    for child in adapter.children():
+        if child is not adapter.base:
+            child.train(adapter.training)
     if dtype is not None:
         for tensor in (*adapter._parameters.values(), *adapter._buffers.values()):
             if tensor is not None:
@@ -269,8 +286,7 @@ def _trained(model: nn.Module, train: str | None, chosen: dict[str, Any]) -> lis
     wrapped = tuple(f"{name}." for name in (*chosen, *dict(adapters(model))))
     found = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        parts = name.split(".")
-        if any(re.fullmatch(train, ".".join(parts[:n])) for n in range(1, len(parts) + 1)):
+        if _matches(train, name):
             if name.startswith(wrapped):
                 raise ValueError(f"train {train!r} matches {name}, of a layer that is adapted")
             if not parameter.is_floating_point():
@@ -289,21 +305,29 @@ def _of_adapters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from (p for p in adapter.parameters() if id(p) not in theirs)
 
 
-def _mark(model: nn.Module, heads: list[nn.Parameter]) -> None:
-    """Note in each owner which of its parameters learn beside the adapters, and let them."""
+def _mark(model: nn.Module, train: str | None, heads: list[nn.Parameter]) -> None:
+    """Note in each module which of its parameters learn beside the adapters (maybe none, in one
+    whose buffers move), and let them."""
     ids = {id(p) for p in heads}
     for parameter in heads:
         parameter.requires_grad = True
-    for module in model.modules():
+    for name, module in model.named_modules():
         names = {n for n, p in module.named_parameters(recurse=False) if id(p) in ids}
-        if names:
+        if names or (train is not None and _matches(train, name)):
             module.trained_beside = names | module.__dict__.get("trained_beside", set())
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches this name, or that of a module around it."""
+    parts = name.split(".")
+    return any(re.fullmatch(pattern, ".".join(parts[:n])) for n in range(1, len(parts) + 1))
 
 
 def _marked(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         for name in module.__dict__.get("trained_beside", ()):
-            yield module._parameters[name]  # type: ignore[misc]
+            if (parameter := module._parameters.get(name)) is not None:
+                yield parameter
 
 
 def _tied(model: nn.Module, layer: nn.Module) -> str:
@@ -325,10 +349,10 @@ def _around(modules: dict[str, nn.Module], name: str) -> Iterator[nn.Module]:
 
 def _batch_first(modules: dict[str, nn.Module], name: str) -> bool:
     for module in _around(modules, name):
-        attention = getattr(module, "self_attn", None)
-        for one in (module, attention):
+        attention = [m for m in module.children() if isinstance(m, nn.MultiheadAttention)]
+        for one in (module, *attention):
             if isinstance(getattr(one, "batch_first", None), bool):
-                return one.batch_first  # type: ignore[union-attr, return-value]
+                return one.batch_first  # type: ignore[return-value]
     return True
 
 
@@ -347,22 +371,29 @@ _HOOKS = (
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """The hooks of source, and their handles, are then target's."""
+    """The hooks of source, and their handles, are then target's, after those that target has."""
     for kind in _HOOKS:
-        mine, theirs = getattr(source, kind), getattr(target, kind)
-        setattr(source, kind, theirs)
-        setattr(target, kind, mine)
-    for key, hook in list(target._forward_pre_hooks.items()):
-        if isinstance(hook, _OF_WEIGHT):
-            source._forward_pre_hooks[key] = target._forward_pre_hooks.pop(key)
-    target._is_full_backward_hook = source._is_full_backward_hook
-    source._is_full_backward_hook = None
+        hooks, own = getattr(source, kind), getattr(target, kind)
+        stay = {key: hook for key, hook in hooks.items() if isinstance(hook, _OF_WEIGHT)}
+        for key in stay:
+            del hooks[key]
+        for key, hook in reversed(own.items()):
+            hooks[key] = hook
+            hooks.move_to_end(key, last=False)
+        setattr(target, kind, hooks)  # itself, as handles refer to it
+        setattr(source, kind, OrderedDict(stay))
+    if source._is_full_backward_hook is not None:
+        target._is_full_backward_hook = source._is_full_backward_hook
+        source._is_full_backward_hook = None
 
 
 def _watch(model: nn.Module, made: dict[str, Adapter]) -> None:
     """Let each module around an adapter see to it that its weight is not used past it. (Hooks
     also keep torch's transformers from their fused path, which would.)"""
     modules = dict(model.named_modules(remove_duplicate=False))
+    for adapter in {id(a): a for a in made.values()}.values():
+        adapter.base.adapted = True  # type: ignore[assignment]
+        adapter.base.register_forward_pre_hook(partial(_past, adapter.use))
     inside: dict[int, list[Adapter]] = {}
     for name, adapter in made.items():
         for module in _around(modules, name):
@@ -384,12 +415,17 @@ def _watch(model: nn.Module, made: dict[str, Adapter]) -> None:
 
 def _begin(layers: list[Adapter], module: nn.Module, args: Any) -> None:
     for layer in layers:
-        layer.step.called = layer.step.read = False
+        layer.use.called = layer.use.read = False
+
+
+def _past(use: Use, base: nn.Module, args: Any) -> None:
+    if not use.inside:
+        use.read = True
 
 
 def _end(layers: list[Adapter], module: nn.Module, args: Any, output: Any) -> None:
     for layer in layers:
-        if layer.step.read and not layer.step.called:
+        if layer.use.read and not layer.use.called:
             owner = type(module).__name__
             raise RuntimeError(
                 f"{layer.where}: {owner} uses its weight and does not call it, so the adapter "

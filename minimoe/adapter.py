@@ -72,6 +72,10 @@ class Adapter(Wrapped):
 
     def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
         super().__init__(base)
+        for name, value in {"rank": rank, **vars(self)}.items():
+            if name in ("rank", "top_k") and int(value) != value:
+                raise ValueError(f"{name} is {value}, allowed: a whole number")
+        require(math.isfinite(scale), "scale", scale, "a number")
         most = min(self.in_features, self.out_features)
         if not 1 <= rank <= most:
             raise ValueError(f"rank is {rank}, allowed for this layer: 1 to {most}")
@@ -84,6 +88,7 @@ class Adapter(Wrapped):
                 self.register_parameter(name, nn.Parameter(rows))
         for name, tensor in self.task_agnostic().items():
             self.register_parameter(name, nn.Parameter(tensor))
+        self.require_no_clash()
 
     def gate(self, x: Tensor) -> Gate:
         """Which ranks are kept for x (..., D), their weights, and what they see; in training, what
@@ -96,15 +101,20 @@ class Adapter(Wrapped):
         self.leave(*beside)
         return rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.step.called, self.step.used = True, {}
+    def forward(self, input: Tensor) -> Tensor:
+        x, use, self.step.used = input, self.use, {}
+        use.called = use.inside = True
+        y = self.base(x)
+        use.inside = False
         if self.unmerged is not None:
-            return self.base(x)
+            return y
         if self.training:
             refuse_old_wrapper(self)
-        update = self.samples_first(self.update(self.samples_first(self.cast(x))))
-        y = self.base(x)
-        return self.hold(update.to(y.dtype).add_(y))  # in place: one array of (..., O) less
+        update = self.samples_first(self.update(self.samples_first(self.cast(x))), back=True)
+        update = update.to(y.dtype)
+        if type(self).update is Adapter.update:  # a product that nobody else has
+            return self.hold(update.add_(y))  # in place: one array of (..., O) less
+        return self.hold(update + y)
 
     def active(self) -> int:
         """How many of the adapter's parameters one token's output depends on by value."""
@@ -135,7 +145,7 @@ class Adapter(Wrapped):
         self.stop_if_merged()
         refuse_shards(self.B, self.where)
         for name, rows in self.fresh().items():
-            outgrow(getattr(self, name), self)
+            outgrow(getattr(self, name), self, name)
             setattr(self, f"frozen_{name}", self.rows(name).detach())
             setattr(self, name, rows if name in self.buffer_rows else nn.Parameter(rows))
         self.end_step()
@@ -193,8 +203,8 @@ class Adapter(Wrapped):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, without base."""
-        names = inspect.signature(type(self)).parameters
-        return {name: getattr(self, name) for name in names if name != "base"}
+        _, _, *names = inspect.signature(type(self).__init__).parameters  # but self and base
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in {"ranks": self.ranks, **self.settings()}.items())

@@ -13,16 +13,16 @@ A checkpointed block runs again in the backward pass. The second run has the con
 and leaves nothing; where that cannot be known, a RuntimeError says so.
 
 Limits. A block that is compiled first and then checkpointed cannot know that it runs again: its
-losses and counts may be taken twice, so checkpoint inside what is compiled. A pass in training
-under no_grad, between a reentrant block's two runs and with another context, may be taken for one
-of them: an error. Without its own `with` a training pass has no loss; a layer says so once, and a
-compiled one does not.
+context is missing then, and its losses and counts may be taken twice: checkpoint inside what is
+compiled. Without its own `with` a training pass has no loss; a layer says so once, and a compiled
+one does not. A model is called by one thread at a time.
 
 In a Trainer of transformers, `compute_loss` is the place for the `with`, and the callback
 `on_optimizer_step` that for `after_step`.
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Record:
 
     values: Mapping[str, Tensor]
     again: bool  # the batch is itself inside a second run
+    outer: "Record | None" = None
+    open: bool = True
     loss: Tensor | None = None
     blind: bool = False  # part of the loss was made without gradients
 
@@ -51,26 +54,30 @@ class Step:
     """What belongs to a layer's step, and to no copy of the layer.
 
     record: of the batch that is open. counts: see Contextual. last: the context of the last pass,
-    for its second run; used: what of it the gate has asked for. waiting: the same of passes without
-    gradients, whose second run may come, how many there are, and whether they differ. called, read:
-    whether in its owner's pass the layer was called, and its weight asked for (wrapped.py).
+    for its second run; used: what of it the gate has asked for.
     """
 
     record: Record | None = None
     counts: Tensor | None = None
     last: Mapping[str, Tensor] = field(default_factory=dict)
     used: dict[str, Tensor] = field(default_factory=dict)
-    waiting: dict[str, Tensor] = field(default_factory=dict)
-    waits: int = 0
-    differ: bool = False
-    called: bool = False
-    read: bool = False
     warned: bool = False
 
 
 def runs_again() -> bool:
     """Whether a checkpointed block runs a second time: a forward pass inside a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _reentrant(which: str) -> Iterator[Any]:
+    """The checkpoints, innermost first, in whose first run ("forward") or second ("backward") this
+    is called, if they are reentrant: torch's own objects, each of one call."""
+    code = getattr(CheckpointFunction, which).__code__
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code:
+            yield frame.f_locals["ctx"]
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 class Contextual(nn.Module):
@@ -104,6 +111,9 @@ class Contextual(nn.Module):
         """The values that are given now, by name."""
         record = self.step.record
         if runs_again() and not (record and record.again):
+            for first in _reentrant("backward"):  # it knows what its first run was given
+                if id(self) in getattr(first, "contexts", {}):
+                    return first.contexts[id(self)]
             return self.step.last
         return record.values if record else {}
 
@@ -170,13 +180,14 @@ class Contextual(nn.Module):
     def leave(self, loss: Tensor | None = None, counts: Tensor | None = None) -> None:
         """Keep for the open batch what a pass has left beside its output."""
         step, blind = self.step, not torch.is_grad_enabled()
+        if blind and step.used and not torch.compiler.is_compiling():
+            for first in _reentrant("forward"):
+                vars(first).setdefault("contexts", {})[id(self)] = self.context
+        if loss is not None:
+            loss = self.hold(loss)  # in both runs: they must save the same
         if runs_again():
-            self._meet()
             return
         step.last = step.record.values if step.record else {}
-        if blind and self.training and step.used:
-            step.differ |= step.waits > 0 and not _same(step.waiting, step.used)
-            step.waiting, step.waits = step.used, step.waits + 1
         if step.record is None:
             if self.training and not blind and not torch.compiler.is_compiling():
                 self._warn(loss is not None or counts is not None)
@@ -199,17 +210,7 @@ class Contextual(nn.Module):
 
     def end_step(self) -> None:
         """The counts have been used."""
-        self.step.counts, self.step.waits, self.step.differ = None, 0, False
-
-    def _meet(self) -> None:
-        """A second run: stop if passes of several contexts wait for theirs."""
-        step = self.step
-        known = step.record is not None and step.record.again
-        differ, step.waits = step.differ and not known, max(step.waits - 1, 0)
-        if differ:
-            step.waits, step.differ = 0, False
-            raise RuntimeError(_TWO.format(self.where))
-        step.differ &= step.waits > 0
+        self.step.counts = None
 
     def _warn(self, left: bool) -> None:
         if not self.step.warned and (left or self.has_penalty):
@@ -223,10 +224,6 @@ class Contextual(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to one step."""
         return self.__dict__ | {"step": Step(warned=self.step.warned)}
-
-
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
 
 
 _TWO = (
@@ -307,7 +304,8 @@ def context(model: nn.Module, *, mask: Tensor | None = None, **values: Tensor) -
     an input. Inside another context both hold, the inner one's values first, and what it leaves
     goes to the outer at its end. A batch that raises counts nothing. One `with` per micro-batch.
 
-    Raises TypeError if a value is no tensor, ValueError if the mask is not of 0 and 1.
+    Raises TypeError if a value is no tensor, ValueError if the mask is not of 0 and 1, RuntimeError
+    if another that was opened inside is still open at its end.
     """
     if mask is not None:
         values = {"mask": mask, **values}
@@ -317,24 +315,28 @@ def context(model: nn.Module, *, mask: Tensor | None = None, **values: Tensor) -
     if mask is not None:
         _require_mask(mask)
     layers = [layer for layer in model.modules() if isinstance(layer, Contextual)]
-    outer = [layer.step.record for layer in layers]
     counts = [layer.step.counts for layer in layers]
     again = runs_again()
-    records = [Record({**layer.context, **values}, again) for layer in layers]
+    records = [Record({**layer.context, **values}, again, layer.step.record) for layer in layers]
     try:
         for layer, record in zip(layers, records, strict=True):
             layer.step.record = record
         yield Batch(layers, records)
-        for then, record in zip(outer, records, strict=True):
-            if then is not None and record.loss is not None:
-                then.add(record.loss, record.blind)
+        for record in records:
+            if record.outer is not None and record.loss is not None:
+                record.outer.add(record.loss, record.blind)
     except BaseException:
         for layer, before in zip(layers, counts, strict=True):
             layer.step.counts = None if layer.step.counts is None else before
         raise
     finally:
-        for layer, then in zip(layers, outer, strict=True):
-            layer.step.record = then
+        last = all(n.step.record is record for n, record in zip(layers, records, strict=True))
+        for layer, record in zip(layers, records, strict=True):
+            record.open = False
+            while layer.step.record is not None and not layer.step.record.open:
+                layer.step.record = layer.step.record.outer
+    if not last:
+        raise RuntimeError("a context ends before one that was opened inside it")
 
 
 def _require_mask(mask: Tensor) -> None:

@@ -40,20 +40,21 @@ def beside(model: nn.Module) -> dict[str, Tensor]:
     """What learns beside the adapters, by name: the parameters of the model's own that train, or
     that `adapt` was told to train, and the buffers of the modules that have such."""
     inside = {id(m) for _, adapter in adapters(model) for m in adapter.modules()}
+    inside -= {id(m) for _, adapter in adapters(model) for m in adapter.base.modules()}
     tensors: dict[str, Tensor] = {}
     for name, module in plain_names(model):
         if id(module) in inside:
             continue
-        told = module.__dict__.get("trained_beside", ())
+        told = module.__dict__.get("trained_beside")
         own: dict[str, Tensor] = {
             key: p
             for key, p in module.named_parameters(recurse=False)
-            if p.requires_grad or key in told
+            if p.requires_grad or (told and key in told)
         }
         skip = module._non_persistent_buffers_set
-        if own:
+        if own or told is not None:
             own |= {k: b for k, b in module.named_buffers(recurse=False) if k not in skip}
-        tensors |= {f"{name}.{key}".lstrip("."): tensor for key, tensor in own.items()}
+        tensors |= {_join(name, key): tensor for key, tensor in own.items()}
     return tensors
 
 
@@ -69,9 +70,10 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises ValueError, before anything is changed, if names or shapes do not fit.
     """
     layers, heads = dict(adapters(model)), beside(model)
-    names = {f"{name}.{key}" for name, layer in layers.items() for key in _own(layer)} | set(heads)
+    names = {_join(name, key) for name, layer in layers.items() for key in _own(layer)}
+    names |= set(heads)
     empty = {
-        f"{name}.{key}"
+        _join(name, key)
         for name, layer in layers.items()
         for key in layer._buffers
         if key.startswith("frozen_")
@@ -85,7 +87,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         for key, ours in _own(layer).items():
             if key.startswith("frozen_"):
                 continue
-            live, frozen = tensors[f"{name}.{key}"], tensors.get(f"{name}.frozen_{key}")
+            live, frozen = tensors[_join(name, key)], tensors.get(_join(name, f"frozen_{key}"))
             grown = () if frozen is None else tuple(frozen.shape)
             if live.shape != ours.shape or grown[1:] != tuple(live.shape[1:])[: len(grown)]:
                 raise ValueError(
@@ -115,7 +117,10 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write the adapters, and what trains beside them, to a safetensors file, with the schemes and
-    settings. Raises ValueError if there are none, or a setting is nothing that a file can hold."""
+    settings. (Not what moves in the model's own frozen modules while they are in train(), such as
+    the statistics of a BatchNorm: keep those in eval().)
+
+    Raises ValueError if there are none, or a setting is nothing that a file can hold."""
     described = _described(model)
     if not described["adapters"]:
         raise ValueError("the model has no adapters")
@@ -134,7 +139,8 @@ def load(model: nn.Module, path: str | Path) -> None:
     if not isinstance(there, dict):
         raise ValueError(f"{path}: holds no adapters")
     for name in sorted(here.keys() | there.keys()):
-        if json.dumps(here.get(name)) != json.dumps(there.get(name)):  # where nan is nan
+        one, other = here.get(name), there.get(name)
+        if one != other and json.dumps(one) != json.dumps(other):  # where nan is nan
             raise ValueError(f"{path}: {name} is {there.get(name)} there, {here.get(name)} here")
     mine, theirs = set(described["beside"]), set(facts.get("beside", []))
     for name in sorted(mine ^ theirs):
@@ -155,7 +161,7 @@ def _own(layer: Adapter) -> dict[str, Tensor]:
 def learned(model: nn.Module) -> dict[str, Tensor]:
     """What `state` copies."""
     own = {
-        f"{name}.{key}".lstrip("."): tensor
+        _join(name, key): tensor
         for name, layer in adapters(model)
         for key, tensor in _own(layer).items()
     }
@@ -173,6 +179,8 @@ def _described(model: nn.Module) -> dict[str, Any]:
             except TypeError:
                 kind = type(value).__name__
                 raise ValueError(f"{name}: {key} is a {kind}, which a file cannot hold") from None
+        if not layer.batch_first:
+            settings["batch_first"] = False
         described[name] = [type(layer).__name__, settings]
     return {"adapters": described, "beside": sorted(beside(model))}
 
@@ -182,3 +190,7 @@ def _number(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray | Tensor) and math.prod(value.shape) == 1:
         return value.item()
     raise TypeError
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

@@ -5,6 +5,7 @@ state_dict. So a file that any library writes of an adapted model holds the mode
 under their own names, and the adapters' beside them.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from .context import Contextual
 
 def sizes(base: nn.Module) -> tuple[int, int]:
     """(D, O) of a linear layer: an nn.Linear, or transformers' Conv1D, whose weight is (D, O).
-    Raises TypeError if base is neither."""
+    Raises TypeError if base is neither, or complex."""
+    if isinstance(base, nn.Linear) and base.weight.is_complex():
+        raise TypeError(f"base is of {base.weight.dtype}, allowed: real numbers")
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     kind = type(base)
@@ -24,6 +27,15 @@ def sizes(base: nn.Module) -> tuple[int, int]:
         return D, O
     which = f"{kind.__name__} ({kind.__module__})"
     raise TypeError(f"base is {which}, allowed: nn.Linear, transformers' Conv1D")
+
+
+@dataclass
+class Use:
+    """What becomes of a wrapped layer in a pass of its owner (adapt.py looks at the end)."""
+
+    called: bool = False  # the layer was called
+    read: bool = False  # its base, or its base's weight, was asked for past it
+    inside: bool = False  # it runs now
 
 
 class Wrapped(Contextual):
@@ -38,12 +50,41 @@ class Wrapped(Contextual):
         self.in_features, self.out_features = sizes(base)
         self.base = base.requires_grad_(False)
         self.register_buffer("unmerged", None, persistent=False)  # W0 while merged
-        self.train(base.training)
+        self.training, self.use = base.training, Use()
+        self.register_load_state_dict_post_hook(_own_names)
+
+    def require_no_clash(self) -> None:
+        """Raise ValueError if base has something of its own under a name of this layer's."""
+        theirs = {*vars(self.base), *self.base._parameters, *self.base._buffers} - _OF_ANY
+        both = [n for n in sorted(theirs) if not n.startswith("_") and _has(self, n)]
+        if both:
+            raise ValueError(
+                f"the layer has a {' and a '.join(both)} of its own, as its adapter has"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        """What a layer of another class has beyond nn.Linear is asked of it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith("_") or not hasattr(base, name):
+                raise
+            return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and value is not getattr(self.base, name):
+            raise RuntimeError(
+                f"{self.where} is adapted, and its {name} cannot be set or tied: unwrap the model "
+                "first"
+            )
+        if name not in ("weight", "bias"):
+            super().__setattr__(name, value)
 
     @property
     def weight(self) -> Tensor:
         """W0, for an owner that asks for its dtype or the like, and then calls the layer."""
-        self.step.read = True
+        self.use.read = True
         return self.base.weight
 
     @property
@@ -67,9 +108,11 @@ class Wrapped(Contextual):
         same = x.dtype == dtype or torch.is_autocast_enabled(x.device.type)
         return x if same else x.to(dtype)
 
-    def samples_first(self, x: Tensor) -> Tensor:
-        """x (samples, tokens..., D) of x as it comes, and back."""
-        return x if self.batch_first or x.ndim < 3 else x.transpose(0, -2)
+    def samples_first(self, x: Tensor, back: bool = False) -> Tensor:
+        """x (samples, tokens..., D) of x as it comes, or back."""
+        if self.batch_first or x.ndim < 3:
+            return x
+        return x.movedim(0, -2) if back else x.movedim(-2, 0)
 
     # Merging: where a scheme's update is one matrix, W0 can hold it
 
@@ -128,6 +171,8 @@ class Wrapped(Contextual):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A grown layer's state loads into a fresh one: frozen rows take the size that comes."""
         self.stop_if_merged()
+        self.end_step()
+        self._prefix = prefix
         own = {**self._parameters, **self._buffers, **self._modules}
         for key in [key for key in state_dict if key.startswith(prefix)]:
             name = key.removeprefix(prefix)
@@ -142,3 +187,20 @@ class Wrapped(Contextual):
 
     def _frozen(self) -> list[str]:
         return [name for name in self._buffers if name.startswith("frozen_")]
+
+
+_OF_ANY = {"weight", "bias", "in_features", "out_features", "nf", "nx", "training", "forward"}
+
+
+def _own_names(layer: Any, keys: Any) -> None:
+    """What is missing of the base, or too much, under the names that the state has."""
+    inner = f"{layer._prefix}base."
+    for names in keys:
+        names[:] = [
+            layer._prefix + n.removeprefix(inner) if n.startswith(inner) else n for n in names
+        ]
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    own = (vars(layer), layer._parameters, layer._buffers, layer._modules)
+    return hasattr(type(layer), name) or any(name in names for names in own)

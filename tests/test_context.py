@@ -391,22 +391,42 @@ class TestContextUnderCheckpointing:
                     total.backward()
             same([p.grad for p in parameters(net)], want)
 
-    @pytest.mark.parametrize("reentrant", [False, True])
-    def test_two_contexts_before_one_backward_are_an_error(self, reentrant):
+    def test_two_contexts_before_one_backward_are_an_error(self):
         net, (x, y) = self.net(), inputs(1, 2)
         with context(net, cluster=torch.tensor([7, 0, 3])):
-            one = self.run(net, x, reentrant)
+            one = self.run(net, x, False)
         with context(net, cluster=torch.tensor([1, 5, 2])):
-            two = self.run(net, y, reentrant)
+            two = self.run(net, y, False)
         with pytest.raises(RuntimeError, match=r"^[02] \(MoCLE\): a checkpointed block runs again"):
             (one + two).backward()
         # and one backward for each is right, from then on
-        after_step(net)
         net.zero_grad()
         ids = torch.tensor([7, 0, 3])
         with context(net, cluster=ids):
-            self.run(net, x, reentrant).backward()
+            self.run(net, x, False).backward()
         same([p.grad for p in parameters(net)], self.wanted(net, x, ids))
+
+    @pytest.mark.parametrize("order", ["both", "first", "last"])
+    def test_a_reentrant_checkpoint_knows_its_own(self, order):
+        net, (x, y) = self.net(), inputs(1, 2)
+        a, b, c = (torch.tensor(ids) for ids in ([7, 0, 3], [1, 5, 2], [4, 4, 4]))
+        with context(net, cluster=a):
+            one = self.run(net, x, True)
+        with context(net, cluster=b):
+            two = checkpoint(
+                lambda x: self.run(net, x, True), y.requires_grad_(), use_reentrant=True
+            )
+        with context(net, cluster=c), torch.no_grad():
+            net(x)
+            net.eval()(x)
+        with context(net.train(), cluster=c):
+            net(x).sum()
+            if order == "both":
+                (one + two).backward()
+            for part in {"both": (), "first": (one, two), "last": (two, one)}[order]:
+                part.backward()
+        both = zip(self.wanted(net, x, a), self.wanted(net, y, b), strict=True)
+        same([p.grad for p in parameters(net)], [g + h for g, h in both])
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_a_context_inside_the_block_is_made_again(self, reentrant):
@@ -716,6 +736,35 @@ def test_a_gate_of_three_is_a_gate():
         y = layer(x)
     assert batch.aux_loss == 0.0
     torch.testing.assert_close(y, layer.base(x) + 0.5 * x @ layer.A.T @ layer.B)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_loss_whose_second_run_has_another_context_is_an_error(checkpointed):
+    layer = grown(LoRAMoE, D=6, O=6, balance=1.0, top_k=1)
+    (x,), mask = inputs(1), torch.tensor([[1, 1, 0, 0]] * 3)
+    with context(layer, mask=mask) as batch:
+        checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        loss = batch.aux_loss
+    with context(layer, mask=1 - mask):
+        layer(x)
+    if checkpointed:
+        with pytest.raises(RuntimeError, match=r"^LoRAMoE: a checkpointed block runs again"):
+            loss.backward()
+    else:
+        loss.backward()
+
+
+def test_contexts_end_in_their_order():
+    layer, (x,) = grown(LoRAMoE, D=6, O=6, balance=1.0, top_k=1), inputs(1)
+    outer, inner = context(layer), context(layer)
+    outer.__enter__()
+    inside = inner.__enter__()
+    with pytest.raises(RuntimeError, match="a context ends before one that was opened inside it"):
+        outer.__exit__(None, None, None)
+    layer(x)
+    assert inside.aux_loss != 0.0
+    inner.__exit__(None, None, None)
+    assert layer.step.record is None
 
 
 def test_what_a_replica_leaves_is_refused():

@@ -13,28 +13,36 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
+_outgrown: Any = WeakTensorKeyDictionary()  # {parameter: (its layer, its name there)}
 _known: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 
 
-def outgrow(parameter: Tensor, layer: nn.Module) -> None:
-    """The layer has frozen what this parameter held, and trains another one in its place."""
-    parameter.outgrown_by = weakref.ref(layer)  # type: ignore[attr-defined]
+def outgrow(parameter: Tensor, layer: nn.Module, name: str) -> None:
+    """The layer has frozen what this parameter held, and trains another one of that name."""
+    _outgrown[parameter] = (weakref.ref(layer), name)
+
+
+def take_back(parameter: Tensor) -> None:
+    """The layer trains this parameter after all."""
+    if parameter in _outgrown:
+        del _outgrown[parameter]
 
 
 def refuse_old_optimiser(optimiser: Optimizer, *_: Any) -> None:
-    """Raise RuntimeError if an optimiser holds what a layer has outgrown, and nothing that the
-    layer trains now."""
+    """Raise RuntimeError if an optimiser holds what a layer has outgrown, and not what the layer
+    trains in its place."""
+    if not _outgrown:
+        return
     held = [p for group in optimiser.param_groups for p in group["params"]]
     for parameter in held:
-        layer = getattr(parameter, "outgrown_by", lambda: None)()
-        if layer is not None:
-            trained = {id(p) for p in layer.parameters() if p.requires_grad}
-            if trained.isdisjoint(map(id, held)):
-                raise RuntimeError(
-                    f"{layer.where} has grown since this {type(optimiser).__name__} was made, "
-                    "which would train nothing there: make a new optimiser after grow()"
-                )
+        layer, name = _outgrown.get(parameter, (lambda: None, ""))
+        if (grown := layer()) is not None and not any(p is getattr(grown, name) for p in held):
+            raise RuntimeError(
+                f"{grown.where} has grown since this {type(optimiser).__name__} was made, which "
+                f"does not train its {name}: make a new optimiser after grow()"
+            )
 
 
 register_optimizer_step_pre_hook(refuse_old_optimiser)
@@ -51,9 +59,9 @@ def refuse_old_wrapper(layer: Any) -> None:
             _known[wrapper] = {id(p) for p in wrapper._module_parameters}
         if id(layer.B) not in _known[wrapper]:
             raise RuntimeError(
-                f"{layer.where} has grown since this DistributedDataParallel was made, whose "
-                "replicas would drift apart: wrap the model anew after grow(), and make a new "
-                "optimiser"
+                f"{layer.where} has grown since this DistributedDataParallel was made (or was only "
+                "then adapted), whose replicas would drift apart: wrap the model anew, and make a "
+                "new optimiser"
             )
 
 
