@@ -80,15 +80,16 @@ class Adapter(Wrapped):
         if not 1 <= rank <= most:
             raise ValueError(f"rank is {rank}, allowed for this layer: 1 to {most}")
         self.rank, self.scale = rank, scale
-        for name, rows in self.fresh().items():
+        fresh, shared = self.fresh(), self.task_agnostic()
+        self.require_no_clash({*fresh, *shared, *(f"frozen_{name}" for name in fresh)})
+        for name, rows in fresh.items():
             self.register_buffer(f"frozen_{name}", rows[:0].clone())
             if name in self.buffer_rows:
                 self.register_buffer(name, rows)
             else:
                 self.register_parameter(name, nn.Parameter(rows))
-        for name, tensor in self.task_agnostic().items():
+        for name, tensor in shared.items():
             self.register_parameter(name, nn.Parameter(tensor))
-        self.require_no_clash()
 
     def gate(self, x: Tensor) -> Gate:
         """Which ranks are kept for x (..., D), their weights, and what they see; in training, what
@@ -102,16 +103,14 @@ class Adapter(Wrapped):
         return rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, use, self.step.used = input, self.use, {}
-        use.called = use.inside = True
-        y = self.base(x)
-        use.inside = False
+        self.use.called, self.step.used = True, {}
         if self.unmerged is not None:
-            return y
+            return self.call_base(input)
         if self.training:
             refuse_old_wrapper(self)
-        update = self.samples_first(self.update(self.samples_first(self.cast(x))), back=True)
-        update = update.to(y.dtype)
+        update = self.update(self.samples_first(self.cast(input)))
+        y = self.call_base(input)
+        update = self.samples_first(update, back=True).to(y.dtype)
         if type(self).update is Adapter.update:  # a product that nobody else has
             return self.hold(update.add_(y))  # in place: one array of (..., O) less
         return self.hold(update + y)

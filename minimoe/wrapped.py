@@ -53,10 +53,12 @@ class Wrapped(Contextual):
         self.training, self.use = base.training, Use()
         self.register_load_state_dict_post_hook(_own_names)
 
-    def require_no_clash(self) -> None:
-        """Raise ValueError if base has something of its own under a name of this layer's."""
+    def require_no_clash(self, rows: set[str]) -> None:
+        """Raise ValueError if base has something of its own under a name of this layer's, or of
+        the rows that it will have."""
         theirs = {*vars(self.base), *self.base._parameters, *self.base._buffers} - _OF_ANY
-        both = [n for n in sorted(theirs) if not n.startswith("_") and _has(self, n)]
+        ours = rows | vars(self).keys() | set(dir(type(self)))
+        both = [name for name in sorted(theirs & ours) if not name.startswith("_")]
         if both:
             raise ValueError(
                 f"the layer has a {' and a '.join(both)} of its own, as its adapter has"
@@ -80,6 +82,13 @@ class Wrapped(Contextual):
             )
         if name not in ("weight", "bias"):
             super().__setattr__(name, value)
+
+    def call_base(self, x: Tensor) -> Tensor:
+        """x W0ᵀ, by the wrapped layer."""
+        self.use.inside = True
+        y: Tensor = self.base(x)
+        self.use.inside = False
+        return y
 
     @property
     def weight(self) -> Tensor:
@@ -199,8 +208,3 @@ def _own_names(layer: Any, keys: Any) -> None:
         names[:] = [
             layer._prefix + n.removeprefix(inner) if n.startswith(inner) else n for n in names
         ]
-
-
-def _has(layer: nn.Module, name: str) -> bool:
-    own = (vars(layer), layer._parameters, layer._buffers, layer._modules)
-    return hasattr(type(layer), name) or any(name in names for names in own)

@@ -246,7 +246,10 @@ def test_compare_takes_a_scheme_of_ones_own(tmp_path, monkeypatch, capsys):
     assert main([*args, "--resume"]) == 2
     assert "a checkpoint of another run (source" in capsys.readouterr().err
     for name, message in (
-        ("Needy", "Needy fails: RuntimeError: fc1 (Needy) needs the label: with context(model, label="),
+        (
+            "Needy",
+            "Needy fails: RuntimeError: fc1 (Needy) needs the label: with context(model, label=",
+        ),
         ("mora", "scheme 'own.py:mora': there is another of the name mora"),
         ("Gone", "own.py: Gone is not there; schemes there: "),
     ):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.24")  # whose layers' names these are
 
 from models import MODELS, SCHEMES, SITUATIONS, inputs, outcome, page, plain, rows, words
 from transformers import BertConfig, BertModel

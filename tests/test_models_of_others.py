@@ -2,6 +2,7 @@
 hooks, with owners that read a weight, and with other libraries' writers."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -786,3 +787,218 @@ class TestWriters:
         with pytest.raises(ValueError, match=r"^0: scale is a builtin_function_or_method, which a"):
             save(model, tmp_path / "a")
         assert not list(tmp_path.iterdir())
+
+
+class TestOdd:
+    """Kinds that were found by trying."""
+
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.net = nn.Sequential(self.fc1, nn.ReLU(), self.fc2)
+            self.plain = [self.fc1]
+
+        def forward(self, x, past=False):
+            return self.plain[0](x) if past else self.net(x)
+
+    def test_a_layer_under_two_names_is_wrapped_under_both(self):
+        model = at_random(adapt(self.Alias(), LoRA, "fc1", rank=2))
+        assert model.fc1 is model.net[0] and isinstance(model.fc1, LoRA)
+        x = torch.randn(4, 6)
+        want = model(x)
+        unwrap(model)
+        assert model.fc1 is model.net[0] and isinstance(model.fc1, nn.Linear)
+        torch.testing.assert_close(model(x), want)
+
+    def test_a_layer_called_past_its_adapter_is_an_error(self):
+        model = adapt(self.Alias(), LoRA, "fc1", rank=2)
+        model.fc1.base(torch.randn(4, 6))  # by hand: no matter
+        with pytest.raises(
+            RuntimeError, match=r"^fc1 \(LoRA\): Alias uses its weight and does not"
+        ):
+            model(torch.randn(4, 6), past=True)
+
+    def test_one_layer_gets_one_adapter_whatever_the_module_that_is_adapted(self):
+        shared = nn.Linear(6, 6)
+        model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared))
+        adapt(model[0], LoRA, "0", rank=2)
+        with pytest.raises(ValueError, match=r"^targets '0' matches 0, adapted under another name"):
+            adapt(model[1], LoRA, "0", rank=2)
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+    @pytest.mark.parametrize(
+        ("make", "remove"),
+        [
+            (weight_norm, torch.nn.utils.remove_weight_norm),
+            (spectral_norm, torch.nn.utils.remove_spectral_norm),
+            (_pruned, lambda layer: prune.remove(layer, "weight")),
+        ],
+    )
+    def test_a_computed_weights_hooks_are_there_after_unwrap(self, make, remove):
+        model = nn.Sequential(make(nn.Linear(6, 6)))
+        unwrap(adapt(model, LoRA, "0", rank=2), merge=False)
+        remove(model[0])
+        assert not model[0]._forward_pre_hooks
+
+    @pytest.mark.parametrize("name", ["mosld", "mocle", "mor1e", "lora"])
+    def test_an_old_optimiser_is_refused_also_where_some_rows_are_shared(self, name):
+        scheme, _, settings = own(name)
+        model = adapt(net(), scheme, "0|3", rank=2, **settings)
+        optimiser = torch.optim.AdamW(parameters(model), lr=1e-2)
+        grow(model)
+        with pytest.raises(RuntimeError, match=r"has grown since this AdamW was made.*its (A|B)"):
+            optimiser.step()
+        optimiser.add_param_group({"params": [model[0].A] if name == "lora" else [model[0].B]})
+        with pytest.raises(RuntimeError, match=r"has grown since this AdamW was made"):
+            optimiser.step()
+        pickle.dumps(optimiser)
+
+    def test_a_head_that_is_adapted_later_is_frozen(self):
+        model = adapt(net(), LoRA, "0", train="3", rank=2)
+        adapt(model, LoRA, "3", rank=2)
+        assert not any(p.requires_grad for p in model[3].base.parameters())
+        assert count(model)["trainable"] == count(model)["stored"] == 2 * 28
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            lambda: nn.Sequential(nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3)),
+            lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 3))),
+        ],
+    )
+    def test_all_buffers_of_a_head_are_saved(self, head, tmp_path):
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            models.append(
+                adapt(nn.Sequential(nn.Linear(6, 6), head()), LoRA, "0", train="1", rank=2)
+            )
+        model, fresh = models
+        for _ in range(3):
+            model(torch.randn(5, 6))
+        save(model, tmp_path / "a")
+        load(fresh, tmp_path / "a")
+        x = torch.randn(5, 6)
+        assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+    def test_a_bias_that_was_let_go_is_saved(self, tmp_path):
+        models = []
+        for _ in range(2):
+            models.append(adapt(net().eval(), LoRA, "0|3", rank=2))
+            models[-1][0].bias.requires_grad_(True)
+        models[0][0].bias.data.add_(1.0)
+        save(models[0], tmp_path / "a")
+        load(models[1], tmp_path / "a")
+        assert torch.equal(models[0][0].bias, models[1][0].bias)
+
+    def test_names_that_clash_are_refused(self):
+        class Own(nn.Linear):
+            def __init__(self):
+                super().__init__(6, 6)
+                self.A = nn.Parameter(torch.zeros(1))
+                self.scale = 3.0
+
+        model = nn.Sequential(Own())
+        before = snapshot(model)
+        message = r"^0 \(Own\): the layer has a A and a scale of its own, as its adapter has$"
+        with pytest.raises(ValueError, match=message):
+            adapt(model, LoRA, "0", rank=2)
+        assert unchanged(model, before)
+
+    def test_what_a_layer_has_beyond_linear_is_asked_of_it(self):
+        class Own(nn.Linear):
+            kind = "own"
+
+        model = adapt(nn.Sequential(Own(6, 6)), LoRA, "0", rank=2)
+        assert model[0].kind == "own" and copy.deepcopy(model)[0].kind == "own"
+        with pytest.raises(AttributeError, match="nothing"):
+            _ = model[0].nothing
+
+    def test_a_weight_is_not_set_past_the_adapter(self):
+        model = adapt(Tied(), LoRA, "head", rank=2)
+        model.head.weight = model.embed.weight  # tied already
+        with pytest.raises(
+            RuntimeError, match=r"^head \(LoRA\) is adapted, and its weight cannot be"
+        ):
+            model.head.weight = nn.Parameter(torch.zeros(9, 6))
+
+    def test_a_blocks_attention_says_where_samples_are(self):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attn, self.mlp = nn.MultiheadAttention(8, 2), nn.Sequential(nn.Linear(8, 8))
+
+        model = adapt(Block(), LoRA, r"mlp\.0", rank=2)
+        assert not model.mlp[0].batch_first
+
+    def test_four_axes_with_samples_last(self):
+        layer = adapt(nn.Sequential(nn.Linear(6, 6)), LoRA, "0", rank=2, batch_first=False)[0]
+        x = torch.randn(2, 3, 4, 6)
+        first = layer.samples_first(x)
+        assert first.shape == (4, 2, 3, 6) and torch.equal(layer.samples_first(first, back=True), x)
+
+    def test_the_mode_inside_a_layer_stays(self):
+        layer = parametrizations.spectral_norm(nn.Linear(6, 6))
+        layer.parametrizations.eval()
+        model = adapt(nn.Sequential(layer), LoRA, "0", rank=2)
+        assert model[0].training and not model[0].base.parametrizations.training
+
+    def test_complex_weights_are_refused(self):
+        with pytest.raises(TypeError, match=r"^base is of torch.complex64, allowed: real numbers"):
+            LoRA(nn.Linear(6, 6, dtype=torch.complex64), rank=2)
+
+    def test_counts_end_where_a_state_is_loaded(self):
+        model = adapt(net(), SMoRA, "0|3", rank=2, top_k=1)
+        with context(model):
+            model(torch.randn(4, 6))
+        load_state(model, state(model))
+        assert model[0].counts is None
+
+    def test_a_layer_by_itself_is_saved(self, tmp_path):
+        layer, fresh = (LoRA(nn.Linear(6, 6), rank=2) for _ in range(2))
+        layer.B.data.normal_()
+        save(layer, tmp_path / "a")
+        load(fresh, tmp_path / "a")
+        assert torch.equal(layer.B, fresh.B)
+
+    def test_a_tied_models_file_loads(self, tmp_path):
+        from safetensors.torch import load_model, save_model
+
+        model, fresh = (adapt(Tied(), LoRA, "body|head", rank=2).eval() for _ in range(2))
+        at_random(model)
+        save_model(model, tmp_path / "a")
+        load_model(fresh, tmp_path / "a")
+        ids = torch.tensor([1, 5])
+        assert torch.equal(model(ids), fresh(ids))
+
+    def test_linears_keyword_works(self):
+        model = adapt(net(), LoRA, "0", rank=2)
+        x = torch.randn(4, 6)
+        assert torch.equal(model[0](input=x), model[0](x))
+
+    def test_2_is_2(self, tmp_path):
+        save(adapt(net(), LoRA, "0", rank=2, scale=2), tmp_path / "a")
+        load(adapt(net(), LoRA, "0", rank=2, scale=2.0), tmp_path / "a")
+        with pytest.raises(ValueError, match="batch_first"):
+            load(adapt(net(), LoRA, "0", rank=2, scale=2.0, batch_first=False), tmp_path / "a")
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"top_k": 2.5}, r"0 \(Linear\): top_k is 2.5, allowed: a whole number"),
+            ({"rank": 2.5}, r"0 \(Linear\): rank is 2.5, allowed: a whole number"),
+            ({"scale": float("nan")}, r"0 \(Linear\): scale is nan, allowed: a number"),
+        ],
+    )
+    def test_settings_that_are_no_numbers_for_it(self, settings, message):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            adapt(net(), MoRA, "0", **{"rank": 2} | settings)
+
+    def test_an_update_of_ones_own_may_be_needed_by_its_gradient(self):
+        class Own(LoRA):
+            def update(self, x):
+                return super().update(x).tanh()
+
+        model = at_random(adapt(net(), Own, "0|3", rank=2))
+        model(torch.randn(4, 6)).sum().backward()
