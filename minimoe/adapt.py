@@ -1,4 +1,12 @@
-"""Put any scheme into any torch model, let it grow, and take it out again."""
+"""Put any scheme into any torch model, let it grow, and take it out again.
+
+adapt, survey, unwrap    wrap layers; what a pattern would wrap; the plain model again
+parameters, count        what learns, and how much of it there is
+context, after_step      a batch (context.py); between the optimiser's steps
+grow                     a task ends
+save, load               adapters in a file (saving.py); state, load_state: in memory
+adapters, WithContext    all of them, by name; a model that makes its own context
+"""
 
 import re
 from collections import OrderedDict
@@ -58,8 +66,9 @@ def adapt(
     Args:
         targets: a regular expression for module names as `named_modules` gives them
             (r".*fc[12]", r".*(q|v)_proj"). `survey` says what it matches.
-        train: likewise, modules or parameters that learn beside the adapters, such as a head.
-            `parameters`, `save` and `load` include them.
+        train: likewise, modules or parameters that learn beside the adapters, such as a head, in
+            their own dtype (a tied one in all its places). `parameters`, `save` and `load`
+            include them.
         dtype: of the adapters; by default float32, and float64 beside float64.
         batch_first: whether layers see (samples, tokens, D); False: (tokens, samples, D). By
             default as a torch module around the layer says, else True.
@@ -72,6 +81,9 @@ def adapt(
     model, RuntimeError if a layer's weight is used, and the layer is not called.
     """
     chosen, left_out = survey(model, targets)
+    for name, reason in left_out.items():
+        if reason in _NEVER:
+            raise ValueError(f"targets {targets!r} matches {name}, which is {reason}")
     if not chosen:
         raise ValueError(f"targets {targets!r} {_nothing(model, left_out)}")
     for name, module in model.named_modules(remove_duplicate=False):
@@ -123,8 +135,8 @@ def adapt(
 
 def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """What a pattern of `adapt` matches: (the layers that can be wrapped, by name; of everything
-    else that has weights, by name, why it cannot). Raises ValueError as `adapt` does, on a layer
-    that is adapted already, or whose weight is read past any wrapper."""
+    else that has weights, by name, why it cannot). A layer that is adapted already, or whose weight
+    is read past any wrapper, is there too; `adapt` refuses the pattern for it."""
     modules = dict(model.named_modules(remove_duplicate=False))
     inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Adapter))
     chosen: dict[str, Any] = {}
@@ -134,9 +146,11 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
         if not name or not re.fullmatch(targets, name) or isinstance(module, Adapter):
             continue
         if name.startswith(inside):
-            raise ValueError(f"targets {targets!r} matches {name}, which is adapted already")
+            left_out[name] = _ADAPTED
+            continue
         if "adapted" in vars(module):
-            raise ValueError(f"targets {targets!r} matches {name}, adapted under another name")
+            left_out[name] = _ELSEWHERE
+            continue
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if not _is_linear(module):
             own = any(True for _ in module.parameters(recurse=False))
@@ -144,8 +158,8 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
                 left_out[name] = f"a {kind}, allowed: nn.Linear, transformers' Conv1D"
             continue
         if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            raise ValueError(f"{name}: nn.MultiheadAttention reads its weight past any wrapper")
-        if isinstance(weight, nn.parameter.UninitializedParameter):
+            left_out[name] = _PAST
+        elif isinstance(weight, nn.parameter.UninitializedParameter):
             left_out[name] = f"a {kind} without weights yet: call the model once first"
         elif weight is not None and weight.is_meta:
             left_out[name] = f"a {kind} on the meta device: load its weights first"
@@ -247,6 +261,12 @@ def after_step(model: nn.Module) -> None:
         if isinstance(adapter, Adapter):
             adapter.after_step()
             adapter.end_step()
+
+
+_ADAPTED = "adapted already"
+_ELSEWHERE = "adapted under another name"
+_PAST = "read past any wrapper by nn.MultiheadAttention"
+_NEVER = (_ADAPTED, _ELSEWHERE, _PAST)
 
 
 def _is_linear(module: nn.Module) -> bool:

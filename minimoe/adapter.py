@@ -25,12 +25,13 @@ from .wrapped import Wrapped
 
 
 class Gate(NamedTuple):
-    """What a gate says of each token of x (..., D); in training also what it leaves beside."""
+    """What a gate says of each token of x (..., D); in training also what it leaves beside, of the
+    tokens that `mask(x)` counts."""
 
     idx: Tensor | None  # (..., K) the kept ranks; None keeps all R, in order
     weight: Tensor | float  # (..., K) g of each
     z: Tensor  # (..., K) what each sees, x Aᵀ at idx
-    loss: Tensor | None = None  # auxiliary loss
+    loss: Tensor | None = None  # auxiliary loss, a number; 0 for no tokens
     counts: Tensor | None = None  # (R,) int64, how often each rank was kept
 
 

@@ -10,12 +10,12 @@ auxiliary losses, summed, and the counts of kept ranks, which add up until `afte
 outside leaves no trace. The backward pass may be inside or after.
 
 A checkpointed block runs again in the backward pass. The second run has the context of the first,
-and leaves nothing; where that cannot be known, a RuntimeError says so.
+and leaves nothing, or there is a RuntimeError.
 
 Limits. A block that is compiled first and then checkpointed cannot know that it runs again: its
 context is missing then, and its losses and counts may be taken twice: checkpoint inside what is
-compiled. Without its own `with` a training pass has no loss; a layer says so once, and a compiled
-one does not. A model is called by one thread at a time.
+compiled. A training pass outside a `with` has no loss; a layer says so once, a compiled one does
+not. A model is called by one thread at a time.
 
 In a Trainer of transformers, `compute_loss` is the place for the `with`, and the callback
 `on_optimizer_step` that for `after_step`.
@@ -260,7 +260,7 @@ class Batch:
     @property
     def aux_loss(self) -> Tensor | float:
         """The auxiliary losses of all layers and passes, and each layer's penalty; 0.0 if there are
-        none. Reading changes nothing. Read it once, at one level of nested contexts.
+        none. Reading changes nothing. Of nested contexts the outer one's holds the inner one's.
 
         Raises RuntimeError if part of it was made without gradients, as reentrant checkpointing
         makes it, and gradients are on.
@@ -295,14 +295,19 @@ def context(model: nn.Module, *, mask: Tensor | None = None, **values: Tensor) -
             loss = f(model(x)) + batch.aux_loss             # whose layers see (B, T, D)
 
     Args:
-        mask: True, or 1, where a token counts, False or 0 at padding: axes as the first of what
-            the layers see. Padding is left out of balances, counts, and a sample's mean.
+        mask: bools or integers: True or 1 where a token counts, False or 0 at padding (the
+            opposite of torch's src_key_padding_mask); axes as the first of what the layers see.
+            The package's schemes leave padding out of balances, counts, and a sample's mean.
         values: what a gate needs beyond its layer's input (`needs` names it): an index (...) or
             a vector (..., F) per sample; its axes before F are the first of what the layers see.
 
     The adapters hold it, so no module in between need pass it on, and a compiled model takes it as
     an input. Inside another context both hold, the inner one's values first, and what it leaves
-    goes to the outer at its end. A batch that raises counts nothing. One `with` per micro-batch.
+    goes to the outer at its end. A batch that raises counts nothing. A layer asks for no name that
+    it does not need.
+
+    Where gradients add up over micro-batches: one `with` for each, its aux_loss divided as its loss
+    is, and one `after_step` after the optimiser's step.
 
     Raises TypeError if a value is no tensor, ValueError if the mask is not of 0 and 1, RuntimeError
     if another that was opened inside is still open at its end.

@@ -141,7 +141,10 @@ def load(model: nn.Module, path: str | Path) -> None:
     for name in sorted(here.keys() | there.keys()):
         one, other = here.get(name), there.get(name)
         if one != other and json.dumps(one) != json.dumps(other):  # where nan is nan
-            raise ValueError(f"{path}: {name} is {there.get(name)} there, {here.get(name)} here")
+            theirs = there.get(name, "not adapted")
+            raise ValueError(
+                f"{path}: {name} is {theirs} there, {here.get(name, 'not adapted')} here"
+            )
     mine, theirs = set(described["beside"]), set(facts.get("beside", []))
     for name in sorted(mine ^ theirs):
         one, other = ("here", "there") if name in mine else ("there", "here")

@@ -529,7 +529,9 @@ class TestSurvey:
 
     def test_what_matches_and_cannot_be_has_a_reason(self, capsys):
         model = self.Odd()
-        targets = r"(?!attention\.).+"  # but for its out_proj, which is refused
+        targets = r"(?!attention\.).+"  # but for its out_proj, for which the pattern is refused
+        past = "read past any wrapper by nn.MultiheadAttention"
+        assert survey(model, r".*out_proj") == ({}, {"attention.out_proj": past})
         chosen, left_out = survey(model, targets)
         assert list(chosen) == ["fc"]
         allowed = "allowed: nn.Linear, transformers' Conv1D"
@@ -823,7 +825,9 @@ class TestOdd:
         shared = nn.Linear(6, 6)
         model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared))
         adapt(model[0], LoRA, "0", rank=2)
-        with pytest.raises(ValueError, match=r"^targets '0' matches 0, adapted under another name"):
+        with pytest.raises(
+            ValueError, match=r"^targets '0' matches 0, which is adapted under another name"
+        ):
             adapt(model[1], LoRA, "0", rank=2)
 
     @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -26,6 +26,7 @@ class NewScheme(Adapter):
     """NewScheme. Parameters: R (D + O), all of them active."""
 
     # help(Claims) says what more there is to claim; as_lora={} is true only while g = 1.
+    # A loss of its own: Gate(..., loss=...) in training, over the tokens where self.mask(x) is 1.
     # To keep k ranks: claim top_k, set self.top_k in __init__, and take z.topk(self.kept).
     claims = Claims(zero_at_birth=True, granularity="token", as_lora={})
 
