@@ -104,11 +104,8 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{key} is {shape}, allowed: {tuple(tensor.shape)}")
     for name, layer in layers.items():
         start = f"{name}." if name else ""
-        own = {
-            key.removeprefix(start): tensor
-            for key, tensor in tensors.items()
-            if key in {f"{start}{k}" for k in (*_own(layer), *layer._buffers)}
-        }
+        keys = {*_own(layer), *layer._buffers}
+        own = {key: tensors[start + key] for key in keys if start + key in tensors}
         layer.load_state_dict(own, strict=False)  # base is not ours to load
     with torch.no_grad():
         for key, tensor in heads.items():
