@@ -165,7 +165,7 @@ class Adapter(Wrapped):
     def project(self, x: Tensor, name: str) -> Tensor:
         """x (..., D) against all rows of that name: (..., rows). In two products where layers are
         large, so that the live rows' gradient costs nothing for frozen ones."""
-        frozen, live = getattr(self, f"frozen_{name}"), getattr(self, name)
+        x, frozen, live = self.cast(x), getattr(self, f"frozen_{name}"), getattr(self, name)
         if not len(frozen):
             return F.linear(x, live)
         if is_plain(self.path, x, len(frozen) + len(live)):
