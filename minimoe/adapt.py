@@ -9,22 +9,18 @@ adapters, WithContext    all of them, by name; a model that makes its own contex
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from .adapter import Adapter
 from .context import Batch, WithContext, context
+from .hooks import around, move_hooks, unwatch, watch
 from .saving import adapters, beside, learned, load, load_state, save, state
 from .tools.outgrown import refuse_wrapped, take_back
-from .wrapped import Use, sizes
+from .wrapped import sizes
 
 __all__ = [
     "Batch",
@@ -86,9 +82,8 @@ def adapt(
             raise ValueError(f"targets {targets!r} matches {name}, which is {reason}")
     if not chosen:
         raise ValueError(f"targets {targets!r} {_nothing(model, left_out)}")
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(module is layer for layer in chosen.values()):
-            chosen.setdefault(name, module)
+    ids = {id(layer) for layer in chosen.values()}
+    chosen |= {n: m for n, m in model.named_modules(remove_duplicate=False) if id(m) in ids}
     heads = _trained(model, train, chosen)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, allowed: a floating-point dtype")
@@ -97,11 +92,12 @@ def adapt(
         first.setdefault(id(layer), name)
     trainable = [p for p in model.parameters() if p.requires_grad]
     made: dict[int, Adapter] = {}
+    warned: set[str] = set()
     for key, name in first.items():
         layer = chosen[name]
         try:
             made[key] = _made(scheme(layer, **settings), name, dtype)
-            made[key].tied = _tied(model, layer)
+            made[key].tied, made[key].warned = _tied(model, layer), warned
         except ValueError as error:
             raise ValueError(f"{name} ({type(layer).__name__}): {error}") from None
         except Exception as error:
@@ -123,8 +119,8 @@ def adapt(
         adapter.batch_first = _batch_first(modules, name) if batch_first is None else batch_first
         setattr(modules[owner], attribute, adapter)
     for key, name in first.items():
-        _move_hooks(chosen[name], made[key])
-    _watch(model, {name: made[id(layer)] for name, layer in chosen.items()})
+        move_hooks(chosen[name], made[key])
+    watch(model, {name: made[id(layer)] for name, layer in chosen.items()})
     if verbose:
         for name, layer in chosen.items():
             print(f"{name}: {type(layer).__name__} -> {scheme.__name__}")
@@ -142,7 +138,6 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
     chosen: dict[str, Any] = {}
     left_out = {}
     for name, module in modules.items():
-        weight = next(module.parameters(), None)
         if not name or not re.fullmatch(targets, name) or isinstance(module, Adapter):
             continue
         if name.startswith(inside):
@@ -153,10 +148,11 @@ def survey(model: nn.Module, targets: str) -> tuple[dict[str, nn.Linear], dict[s
             continue
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if not _is_linear(module):
-            own = any(True for _ in module.parameters(recurse=False))
-            if own or kind.startswith("torch.ao.nn.quantized"):
+            own = next(module.parameters(recurse=False), None)
+            if own is not None or kind.startswith("torch.ao.nn.quantized"):
                 left_out[name] = f"a {kind}, allowed: nn.Linear, transformers' Conv1D"
             continue
+        weight = next(module.parameters(), None)
         if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
             left_out[name] = _PAST
         elif isinstance(weight, nn.parameter.UninitializedParameter):
@@ -197,18 +193,13 @@ def unwrap(model: nn.Module, merge: bool = True) -> nn.Module:
             if adapter.unmerged is not None:
                 adapter.unmerge()
     for module in list(model.modules()):
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, partial) and hook.func in (_begin, _end, _past):
-                    del hooks[key]
-        for attribute, value in module.__dict__.pop("unfused", {}).items():
-            setattr(module, attribute, value)
+        unwatch(module)
         for attribute, child in list(module._modules.items()):
             if isinstance(child, Adapter):
                 setattr(module, attribute, child.base)
         module.__dict__.pop("trained_beside", None)
     for _, adapter in layers:
-        _move_hooks(adapter, adapter.base)
+        move_hooks(adapter, adapter.base)
         del adapter.base.adapted
     return model.base if isinstance(model, Adapter) else model
 
@@ -360,94 +351,10 @@ def _tied(model: nn.Module, layer: nn.Module) -> str:
     return ""
 
 
-def _around(modules: dict[str, nn.Module], name: str) -> Iterator[nn.Module]:
-    """The modules around the one of that name, the nearest first."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield modules[name]
-
-
 def _batch_first(modules: dict[str, nn.Module], name: str) -> bool:
-    for module in _around(modules, name):
+    for module in around(modules, name):
         attention = [m for m in module.children() if isinstance(m, nn.MultiheadAttention)]
         for one in (module, *attention):
             if isinstance(getattr(one, "batch_first", None), bool):
                 return one.batch_first  # type: ignore[return-value]
     return True
-
-
-# Hooks. Those of a wrapped layer go to its adapter; torch's own, which compute its weight, stay.
-
-_OF_WEIGHT = (WeightNorm, SpectralNorm, BasePruningMethod)
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def _move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """The hooks of source, and their handles, are then target's, after those that target has."""
-    for kind in _HOOKS:
-        hooks, own = getattr(source, kind), getattr(target, kind)
-        stay = {key: hook for key, hook in hooks.items() if isinstance(hook, _OF_WEIGHT)}
-        for key in stay:
-            del hooks[key]
-        for key, hook in reversed(own.items()):
-            hooks[key] = hook
-            hooks.move_to_end(key, last=False)
-        setattr(target, kind, hooks)  # itself, as handles refer to it
-        setattr(source, kind, OrderedDict(stay))
-    if source._is_full_backward_hook is not None:
-        target._is_full_backward_hook = source._is_full_backward_hook
-        source._is_full_backward_hook = None
-
-
-def _watch(model: nn.Module, made: dict[str, Adapter]) -> None:
-    """Let each module around an adapter see to it that its weight is not used past it. (Hooks
-    also keep torch's transformers from their fused path, which would.)"""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for adapter in {id(a): a for a in made.values()}.values():
-        adapter.base.adapted = True  # type: ignore[assignment]
-        adapter.base.register_forward_pre_hook(partial(_past, adapter.use))
-    inside: dict[int, list[Adapter]] = {}
-    for name, adapter in made.items():
-        for module in _around(modules, name):
-            inside.setdefault(id(module), []).append(adapter)
-    for module in {id(m): m for m in modules.values()}.values():
-        if layers := inside.get(id(module)):
-            module.register_forward_pre_hook(partial(_begin, layers))
-            module.register_forward_hook(partial(_end, layers))
-        unfused: dict[str, Any] = {}
-        if isinstance(module, nn.TransformerEncoderLayer):
-            unfused = {"activation_relu_or_gelu": 0}
-        elif isinstance(module, nn.TransformerEncoder):
-            unfused = {"use_nested_tensor": False}
-        if layers and unfused and "unfused" not in module.__dict__:
-            module.unfused = {name: getattr(module, name) for name in unfused}
-            for attribute, value in unfused.items():
-                setattr(module, attribute, value)
-
-
-def _begin(layers: list[Adapter], module: nn.Module, args: Any) -> None:
-    for layer in layers:
-        layer.use.called = layer.use.read = False
-
-
-def _past(use: Use, base: nn.Module, args: Any) -> None:
-    if not use.inside:
-        use.read = True
-
-
-def _end(layers: list[Adapter], module: nn.Module, args: Any, output: Any) -> None:
-    for layer in layers:
-        if layer.use.read and not layer.use.called:
-            owner = type(module).__name__
-            raise RuntimeError(
-                f"{layer.where}: {owner} uses its weight and does not call it, so the adapter "
-                "has no effect; this layer cannot be adapted"
-            )

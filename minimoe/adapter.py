@@ -73,9 +73,8 @@ class Adapter(Wrapped):
 
     def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
         super().__init__(base)
-        for name, value in {"rank": rank, **vars(self)}.items():
-            if name in ("rank", "top_k") and int(value) != value:
-                raise ValueError(f"{name} is {value}, allowed: a whole number")
+        for name, value in {"rank": rank, "top_k": vars(self).get("top_k", 1)}.items():
+            require(value % 1 == 0, name, value, "a whole number")
         require(math.isfinite(scale), "scale", scale, "a number")
         most = min(self.in_features, self.out_features)
         if not 1 <= rank <= most:

@@ -91,7 +91,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             grown = () if frozen is None else tuple(frozen.shape)
             if live.shape != ours.shape or grown[1:] != tuple(live.shape[1:])[: len(grown)]:
                 raise ValueError(
-                    f"{name}.{key} is {tuple(live.shape)} and frozen {grown}, "
+                    f"{_join(name, key)} is {tuple(live.shape)} and frozen {grown}, "
                     f"allowed: {tuple(ours.shape)}, and any number of such"
                 )
             if f"frozen_{key}" in layer._buffers:
@@ -117,7 +117,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     settings. (Not what moves in the model's own frozen modules while they are in train(), such as
     the statistics of a BatchNorm: keep those in eval().)
 
-    Raises ValueError if there are none, or a setting is nothing that a file can hold."""
+    Raises ValueError if there are none, or a setting is nothing that a file can hold.
+    """
     described = _described(model)
     if not described["adapters"]:
         raise ValueError("the model has no adapters")
@@ -136,16 +137,15 @@ def load(model: nn.Module, path: str | Path) -> None:
     if not isinstance(there, dict):
         raise ValueError(f"{path}: holds no adapters")
     for name in sorted(here.keys() | there.keys()):
-        one, other = here.get(name), there.get(name)
+        one, other = (facts.get(name, "not adapted") for facts in (there, here))
         if one != other and json.dumps(one) != json.dumps(other):  # where nan is nan
-            theirs = there.get(name, "not adapted")
-            raise ValueError(
-                f"{path}: {name} is {theirs} there, {here.get(name, 'not adapted')} here"
-            )
-    mine, theirs = set(described["beside"]), set(facts.get("beside", []))
-    for name in sorted(mine ^ theirs):
-        one, other = ("here", "there") if name in mine else ("there", "here")
-        raise ValueError(f"{path}: {name} trains beside the adapters {one}, and not {other}")
+            raise ValueError(f"{path}: {name} is {one} there, {other} here")
+    ours, theirs = described["beside"], facts.get("beside", [])
+    if not isinstance(theirs, list) or not all(isinstance(name, str) for name in theirs):
+        raise ValueError(f"{path}: what trains beside the adapters is {theirs}, allowed: names")
+    for name in sorted({*ours} ^ {*theirs}):
+        where = "here, and not there" if name in ours else "there, and not here"
+        raise ValueError(f"{path}: {name} trains beside the adapters {where}")
     try:
         load_state(model, tensors)
     except ValueError as error:

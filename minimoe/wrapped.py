@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import Contextual
+from .contextual import Contextual
 
 
 def sizes(base: nn.Module) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from minimoe.adapt import (
     save,
     state,
 )
-from minimoe.tools.files import write_tensors
+from minimoe.tools.files import read_tensors, write_tensors
 
 SCHEMES = {
     "lora": (LoRA, {}),
@@ -159,8 +159,9 @@ def test_adapters_alone_are_saved_and_load_into_a_fresh_model_after_grow(name, t
 
 def test_files_that_do_not_fit_change_nothing(tmp_path):
     net = model(MoRA, tasks=2)
-    path = tmp_path / "a.safetensors"
+    path, good = tmp_path / "a.safetensors", tmp_path / "good"
     save(net, path)
+    save(net, good)
     before = copy.deepcopy(state(net))
 
     def refused(message, target=net, at=path, error=ValueError):
@@ -182,6 +183,12 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
     refused("not one that minimoe wrote")
     write_tensors(path, {"x": torch.ones(1)}, {"run": 1})
     refused("holds no adapters")
+    for odd in (5, {}, [1], "a"):
+        write_tensors(path, state(net), {"adapters": {}, "beside": odd})
+        refused("not adapted there")
+        facts = read_tensors(good)[1]
+        write_tensors(path, state(net), facts | {"beside": odd})
+        refused("what trains beside the adapters is .*, allowed: names")
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(net).items())
 
 

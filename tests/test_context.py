@@ -276,9 +276,10 @@ def test_the_private_call_that_tells_a_second_run_is_there():
 def test_a_training_pass_outside_a_batch_says_so_once(name):
     net, (x,) = network(name), inputs(1)
     with pytest.warns(UserWarning, match=r"only inside `with context\(model\) as batch:`") as said:
-        net[0](x)
+        net(x)  # both layers
     assert len(said) == 1
-    net[0](x)  # a warning would be an error
+    copy.deepcopy(net)(x)  # a warning would be an error
+    net(x)
     with torch.no_grad():
         net[2](net[0](x))
     net.eval()(x)

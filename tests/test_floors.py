@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "minimoe"
 FLOORS = [
     {"tools"},
     {"sparse", "kernels", "claims"},
-    {"context"},
-    {"wrapped"},
+    {"contextual"},
+    {"context", "wrapped"},
+    {"hooks"},
     {"adapter"},
     {"saving"},
     {"", "lora", "lora_moe", "mora", "adapt"},

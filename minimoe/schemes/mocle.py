@@ -25,7 +25,7 @@ Departures: nothing makes a new cluster prefer the new expert: if its embedding 
 old one, which is frozen, it stays there. The paper clusters all data once and trains four experts
 at once. The authors' code multiplies the chosen expert by G twice, has M = 384 (here 16) and
 alpha / r = 4 (here `scale` 1), adds noise N(0, .1) to the logits in training, and gives the
-router a bias; none of these is in the paper.
+router a bias.
 """
 
 import math

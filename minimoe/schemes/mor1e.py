@@ -23,7 +23,7 @@ frozen. Its r centres, random at first, are set to k-means centres of its sample
 length 1, when the data are there: `MoR1ELearner`.
 
 Departures: the paper trains one mixture, with one set of centres from all data, shared by all
-layers; here each layer has its own copy. T-REX's default is 4 experts of rank 8, not single ranks.
+layers; here each layer has its own copy. T-REX's default is 4 × 8.
 """
 
 from typing import Any, cast
