@@ -1,34 +1,45 @@
-"""The console script `minimoe`: compare, study, check, new-scheme, bench, list.
+"""The console script `minimoe`: compare, study, check, new-scheme, bench, list, plot, table.
 
 Exit status: 0 done, 1 a run that failed (a loss that is no number) or a law that is broken, 2 bad
-input, 130 interrupted.
+input, 130 interrupted, 143 terminated, 141 nobody reads the output. Results go to stdout, all else
+to stderr.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import json
 import keyword
+import os
+import re
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from . import __version__, bench, studies
-from .compare import choose, compare
+from . import __version__, bench, laws, studies
+from .compare import RUN, Options, canonical, choose, compare
 from .continual import streams
 from .roster import EPOCHS, ROSTER, SCHEMES, lookup
 from .studies import STUDIES
-from .tools import parallel
-from .tools.files import write_atomic
-from .tools.results import to_json
-from .tools.tables import compare_page, study_table, table
+from .tools import console, parallel
+from .tools.files import read_json, write_atomic, write_json
+from .tools.results import MEND, CompareResult, StudyResult, to_json
+from .tools.tables import FORMATS, compare_page, formatted, study_table, table
 
 OUT = {"compare": "minimoe-compare", "study": "minimoe-study", "bench": "minimoe-bench"}
 OUT_HELP = "output folder, default {0}, or {0}-2, ... if that is taken"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+STOPPED = {  # what goes on, if a command was stopped
+    "compare": "; --resume goes on from the last finished task",
+    "study": "; the same command goes on from the finished cells",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,11 +52,12 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     top = Parser(prog="minimoe", description="Mixtures of low-rank experts, side by side.")
     top.add_argument("--version", action="version", version=f"minimoe {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = top.add_subparsers(dest="command", parser_class=Parser)
+    usual = Options()
     add = commands.add_parser(
         "compare", help="carry schemes through a stream of tasks"
     ).add_argument
-    add("--stream", default="permuted-digits", help="default %(default)s; see minimoe list")
+    add("--stream", help=f"default {usual.stream}; see minimoe list")
     add(
         "--schemes",
         nargs="+",
@@ -53,19 +65,24 @@ def parser() -> Parser:
         help="see minimoe list, or file.py:Class; default the three and the baselines; all for the "
         "atlas too",
     )
-    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")
-    add("--tasks", type=int, default=5, metavar="N", help="default %(default)s")
-    add("--epochs", type=int, default=EPOCHS, metavar="N", help="per task, default %(default)s")
-    usual = ROSTER["mora"].settings
-    add("--rank", type=int, metavar="N", help=f"ranks per task, default {usual['rank']}")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default 0")
+    add("--tasks", type=int, metavar="N", help=f"default {usual.tasks}")
+    add("--epochs", type=int, metavar="N", help=f"per task, default {EPOCHS}")
+    own = ROSTER["mora"].settings
+    add("--rank", type=int, metavar="N", help=f"ranks per task, default {own['rank']}")
     settings = {name: entry.settings for name, entry in ROSTER.items()}
-    kept = ", ".join(f"{own['top_k']} for {n}" for n, own in settings.items() if "top_k" in own)
+    kept = ", ".join(f"{s['top_k']} for {n}" for n, s in settings.items() if "top_k" in s)
     add("--top-k", type=int, metavar="N", help=f"experts kept per token, default {kept}")
-    add("--tau", type=float, help=f"mora's temperature, default {usual['tau']}")
-    add("--delta", type=float, help=f"mora's threshold at test, default {usual['delta']}")
-    add("--device", default="cpu", help="default cpu; cuda, cuda:1, ...")
+    add("--tau", type=float, help=f"mora's temperature, default {own['tau']}")
+    add("--delta", type=float, help=f"mora's threshold at test, default {own['delta']}")
+    add("--device", help="default cpu; cuda, cuda:1, ...")
     add("--out", type=Path, help=OUT_HELP.format(OUT["compare"]))
-    add("--resume", action="store_true", help="go on with the run in the output folder")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the output folder (default: the latest), with its options; "
+        "those given may add schemes, seeds and tasks",
+    )
     add = commands.add_parser(
         "study", help="measure what the paper claims; goes on where it was stopped"
     ).add_argument
@@ -97,12 +114,50 @@ def parser() -> Parser:
     add("--threads", type=int, metavar="N", help="on the CPU; default torch's choice")
     add("--out", type=Path, help=OUT_HELP.format(OUT["bench"]))
     commands.add_parser("list", help="what schemes, baselines and streams there are")
+    add = commands.add_parser("plot", help="draw stored results again").add_argument
+    add("file", type=Path, metavar="FILE", help="compare.json, bench.json, or a study's")
+    add("--out", type=Path, help="folder for the pictures, default the file's")
+    add = commands.add_parser("table", help="print stored results").add_argument
+    add("file", type=Path, metavar="FILE", help="compare.json, bench.json, or a study's")
+    add("--format", choices=FORMATS, default="text", help="default %(default)s")
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser().parse_args(arguments)
+    console.degrade()
+    with console.stoppable():
+        try:
+            status = run(arguments)
+            flush()
+            return status
+        except FloatingPointError as error:
+            return fail(str(error), 1)
+        except BrokenPipeError:
+            console.discard_output()
+            return 141
+        except (ValueError, ModuleNotFoundError, OSError) as error:
+            return fail(str(error), 2)
+        except KeyboardInterrupt as stop:
+            console.ignore_stops()
+            word, status = ("terminated", 143) if isinstance(stop, console.Stopped) else INTERRUPTED
+            return fail(f"{word}{STOPPED.get(next(iter(arguments), ''), '')}", status)
+        finally:
+            parallel.stop()
+
+
+INTERRUPTED = ("interrupted", 130)
+
+
+def run(arguments: list[str]) -> int:
+    if not arguments:
+        parser().print_help()
+        return 0
+    try:
+        args = parser().parse_args(arguments)
+    except SystemExit:
+        flush()  # of help, while somebody still looks at what goes wrong
+        raise
     args.typed = f"minimoe {shlex.join(arguments)}"
     commands = {
         "compare": run_compare,
@@ -111,26 +166,27 @@ def main(arguments: list[str] | None = None) -> int:
         "new-scheme": run_new_scheme,
         "bench": run_bench,
         "list": run_list,
+        "plot": run_plot,
+        "table": run_table,
     }
-    try:
-        return commands[args.command](args)
-    except FloatingPointError as error:
-        return fail(str(error), 1)
-    except (ValueError, ModuleNotFoundError, OSError) as error:
-        return fail(str(error), 2)
-    except KeyboardInterrupt:
-        go_on = {
-            "compare": "; --resume goes on from the last finished task",
-            "study": "; the same command goes on from the finished cells",
-        }.get(args.command, "")
-        return fail(f"interrupted{go_on}", 130)
-    finally:
-        parallel.stop()
+    return commands[args.command](args)
+
+
+def flush() -> None:
+    """Raise here, and not when Python ends, if what was printed cannot be written."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            console.discard_output()
+            raise
 
 
 def fail(message: str, status: int) -> int:
     if parallel.process() == 0:
-        print(f"minimoe: error: {' '.join(message.split())}", file=sys.stderr)
+        console.say(f"minimoe: error: {' '.join(message.split())}")
+    with contextlib.suppress(OSError):
+        flush()
     return status
 
 
@@ -145,142 +201,184 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     # These matrices are too small to share between threads: one thread is faster, and gives
     # the same bits whatever the number of cores.
     torch.set_num_threads(1)
-    device_is_here(args.device)
-    parallel.start(args.device)
-    first = parallel.process() == 0
-    out = parallel.agreed(output_folder("compare", args.out, args.resume) if first else None)
     asked = {name: getattr(args, name) for name in ("rank", "top_k", "tau", "delta")}
-    changes = {name: value for name, value in asked.items() if value is not None}
-    seeds = list(dict.fromkeys(args.seeds))
-    if min(seeds) < 0:
-        raise ValueError(f"seeds is {min(seeds)}, allowed: 0 or more")
-    schemes = choose(args.schemes, streams.make(args.stream, args.tasks, seeds[0]))
-    bar: Any = None  # opened with the first task, when all that was asked for has been checked
-
-    def done(label: str, tasks: int) -> None:
-        nonlocal bar
-        if bar is None and first:
-            print(f"writing to {out}", flush=True)
-        if bar is None:
-            bar = tqdm(
-                disable=not first,
-                total=len(schemes) * len(seeds) * args.tasks,
-                unit="task",
-                leave=False,
-            )
-        bar.set_description(label)
-        bar.update(tasks)
-
-    try:
+    given: dict[str, Any] = {
+        "changes": {name: value for name, value in asked.items() if value is not None}
+    }
+    for name in ("stream", "schemes", "seeds", "tasks", "epochs", "device"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    given["schemes"] = [canonical(name) for name in given.get("schemes", [])]
+    if args.resume and args.out is None:
+        args.out = latest("compare")
+    options = Options.of(args.out).extended(given) if args.resume else fresh(given)
+    device_is_here(options.device)
+    parallel.start(options.device)
+    first = parallel.process() == 0
+    out = args.out if args.resume else output_folder("compare", args.out) if first else None
+    out = parallel.agreed(out)
+    stream = streams.make(options.stream, options.tasks, options.seeds[0])
+    schemes = choose(options.schemes or None, stream)
+    total = len(schemes) * len(options.seeds) * options.tasks
+    with console.Progress("task", f"writing to {out}", hidden=not first) as bar:
         result = compare(
-            out, args.stream, schemes, seeds, args.tasks, args.device, args.epochs, changes, done
+            out,
+            options.stream,
+            schemes,
+            options.seeds,
+            options.tasks,
+            options.device,
+            options.epochs,
+            options.changes,
+            lambda label, tasks: bar(label, tasks, total),
         )
-    finally:
-        if bar is not None:
-            bar.close()
     if not first:
         return 0
-    from .tools.plots import plot_compare, plot_gates
-
-    pictures = ["compare.png"]
-    write_json(out / "compare.json", result)
-    plot_compare(
-        result,
-        out / "compare.png",
-        thick=[name for name, entry in schemes.items() if entry.kind == "scheme"],
-        dashed=[name for name, entry in schemes.items() if entry.kind in ("baseline", "bound")],
-    )
-    if any(scheme.intrusion.mean is not None for scheme in result.schemes.values()):
-        plot_gates(result, out / "gates.png")
-        pictures.append("gates.png")
-    write_atomic(out / "compare.md", compare_page(result, args.typed, pictures).encode())
-    print(table(result))
+    write_json(out / "compare.json", "compare", to_json(result))
+    pictures = draw("compare", result, out)
+    page = compare_page(result, options.command(), pictures)
+    write_atomic(out / "compare.md", page.encode())
+    print(table(result, console.width()))
     print("", *(out / name for name in ("compare.json", "compare.md", *pictures)), sep="\n")
     return 0
 
 
-def write_json(path: Path, result: Any) -> None:
-    write_atomic(path, (json.dumps(to_json(result), indent=1) + "\n").encode())
+def fresh(given: dict[str, Any]) -> Options:
+    """The options of a run that starts, before any of it is made."""
+    options = Options(**given)
+    seeds = list(dict.fromkeys(options.seeds))
+    streams.require_seeds(seeds)
+    return dataclasses.replace(options, seeds=seeds)
+
+
+def draw(kind: str, result: Any, folder: Path) -> list[str]:
+    """Draw a result of `compare`, `study` or `bench`; returns the names of the pictures."""
+    from .tools import plots  # here, so that what draws nothing needs no matplotlib
+
+    if kind == "compare":
+        kinds = {n: ROSTER[n].kind if n in ROSTER else "scheme" for n in result.schemes}
+        plots.plot_compare(
+            result,
+            folder / "compare.png",
+            thick=[name for name, of in kinds.items() if of == "scheme"],
+            dashed=[name for name, of in kinds.items() if of in ("baseline", "bound")],
+        )
+        if all(scheme.intrusion.mean is None for scheme in result.schemes.values()):
+            return ["compare.png"]
+        plots.plot_gates(result, folder / "gates.png")
+        return ["compare.png", "gates.png"]
+    if kind == "study":
+        plots.plot_study(result, folder / f"{result.study}.png")
+        return [f"{result.study}.png"]
+    plots.plot_bench(result, folder / "bench.png")
+    return ["bench.png"]
+
+
+READ = {"compare": CompareResult.read, "study": StudyResult.read, "bench": bench.read}
+
+
+@contextlib.contextmanager
+def result_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """The kind of a stored result, and the result. Raises FileNotFoundError; ValueError also if
+    what is done with it inside shows that its parts do not fit together."""
+    kind, _ = read_json(path, *READ, mend=MEND)
+    result = READ[kind](path)
+    try:
+        yield kind, result
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its parts do not fit ({error}); {MEND}") from error
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    out = args.file.parent if args.out is None else args.out
+    with result_of(args.file) as (kind, result):
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = draw(kind, result, out)
+    print(*(out / name for name in pictures), sep="\n")
+    return 0
+
+
+def run_table(args: argparse.Namespace) -> int:
+    tables: Any = {"compare": table, "study": study_table, "bench": bench.table}
+    with result_of(args.file) as (kind, result):
+        if args.format == "text":
+            text = tables[kind](result, console.width())
+        else:
+            text = formatted(kind, result, args.format)
+    print(text)
+    return 0
 
 
 def run_study(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     if args.name not in (*STUDIES, "all"):
         raise ValueError(f"study is {args.name!r}, allowed: {', '.join(STUDIES)}, all")
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"jobs is {args.jobs}, allowed: 1 or more")
     seeds = list(dict.fromkeys(args.seeds or ((0, 1) if args.quick else range(5))))
-    if min(seeds) < 0:
-        raise ValueError(f"seeds is {min(seeds)}, allowed: 0 or more")
-    args.out.mkdir(parents=True, exist_ok=True)  # bad input, before the bar
     for name in STUDIES if args.name == "all" else [args.name]:
-        print(f"writing to {args.out}", flush=True)
-        bar = tqdm(unit="cell", leave=False)
-
-        def done(label: str, cells: int, total: int, bar: Any = bar) -> None:
-            bar.total = total
-            bar.set_description(label)
-            bar.update(cells)
-
-        with bar:
-            result = studies.run_study(name, args.out, seeds, args.quick, args.jobs or -1, done)
-        print(study_table(result))
+        with console.Progress("cell", f"writing to {args.out}") as bar:
+            result = studies.run_study(
+                name, args.out, seeds, args.quick, args.jobs or -1, bar, console.say
+            )
+        print(study_table(result, console.width()))
         files = [args.out / f"{name}.json", args.out / f"{name}.png", args.out / "findings.md"]
         print("", *files, sep="\n")
+        flush()
     return 0
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from hypothesis.configuration import set_hypothesis_home_dir
-    from tqdm import tqdm
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        results = checked(args.schemes)  # whatever a scheme prints is no JSON
+    if args.json:
+        keys = ("law", "verdict", "evidence")
+        rows = {n: [{k: getattr(row, k) for k in keys} for row in results[n]] for n in results}
+        print(json.dumps(rows, indent=1))
+    else:
+        print(laws.table(results, console.width()))
+    return int(any(row.verdict == "broken" for rows in results.values() for row in rows))
 
-    from . import laws
+
+def checked(names: list[str]) -> dict[str, list[laws.Row]]:
+    """What the laws say of each scheme."""
+    from hypothesis.configuration import set_hypothesis_home_dir
 
     torch.set_num_threads(1)
     schemes = {}
-    for name in dict.fromkeys(args.schemes):
+    for name in dict.fromkeys(names):
         if name not in SCHEMES and ":" not in name:
             raise ValueError(f"scheme is {name!r}, allowed: {', '.join(SCHEMES)}, file.py:Class")
         scheme = lookup(name)[1].scheme
         assert scheme is not None
         laws.claimed(scheme, {})  # bad input, before the bar
         schemes[name] = scheme
+    total = len(schemes) * len(laws.LAWS)
     results: dict[str, list[laws.Row]] = {name: [] for name in schemes}
-    bar = tqdm(total=len(schemes) * len(laws.LAWS), unit="law", leave=False)
-    with bar, tempfile.TemporaryDirectory() as notes:
+    with console.Progress("law") as bar, tempfile.TemporaryDirectory() as notes:
         set_hypothesis_home_dir(notes)  # and not .hypothesis in the folder one stands in
         for name, scheme in schemes.items():
             for law in laws.LAWS:
-                bar.set_description(f"{name}, {law.__name__}")
+                bar(f"{name}, {law.__name__}", 0, total)
                 results[name].append(laws.hold(law, scheme))
-                bar.update()
-    if args.json:
-        keys = ("law", "verdict", "evidence")
-        rows = {
-            n: [{key: getattr(row, key) for key in keys} for row in results[n]] for n in results
-        }
-        print(json.dumps(rows, indent=1))
-    else:
-        print(laws.table(results))
-    return int(any(row.verdict == "broken" for rows in results.values() for row in rows))
+                bar(f"{name}, {law.__name__}", 1, total)
+    return results
 
 
 def run_new_scheme(args: argparse.Namespace) -> int:
-    name = args.name
-    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
-        raise ValueError(f"name is {name!r}, allowed: a module's name, as in my_gate")
-    path = Path(f"{name}.py")
-    if path.exists():
-        raise ValueError(f"{path} is there already")
+    name, path = args.name, Path(f"{args.name}.py")
     title = "".join(part.capitalize() for part in name.split("_"))
-    template = Path(__file__).parent / "laws" / "template.py"
-    text = template.read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "laws" / "template.py").read_text(encoding="utf-8")
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name is {name!r}, allowed: a module's name, as in my_gate")
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already")
+    if any(map(keyword.iskeyword, (name, title))) or find_spec(name):
+        raise ValueError(f"name is {name!r}, allowed: one that Python does not know yet")
+    if re.search(rf"\b{title}\b", text):
+        raise ValueError(f"name is {name!r}, allowed: one whose class, {title}, is no name yet")
     text = text.replace("NewScheme", title).replace("new_scheme", name)
     write_atomic(path, text.encode())
     print(f"{path}\n\nminimoe check {path}:{title}")
@@ -288,10 +386,6 @@ def run_new_scheme(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from .tools.plots import plot_bench
-
     device_is_here(args.device)
     on_cpu = torch.device(args.device).type == "cpu"
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
@@ -302,62 +396,61 @@ def run_bench(args: argparse.Namespace) -> int:
     out = output_folder("bench", args.out)
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of timing
-    bar: Any = None  # opened when the first group is done, so that bad input gets its one line
-
-    def done(label: str, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            print(f"writing to {out}", flush=True)
-            bar = tqdm(total=total, unit="group", leave=False)
-        bar.set_description(label)
-        bar.update()
-
     try:
-        result = bench.bench(
-            device=args.device,
-            dtype=getattr(torch, dtype),
-            tokens=args.tokens,
-            width=args.width,
-            top_k=args.top_k,
-            ranks=tuple(dict.fromkeys(args.ranks)),
-            routings=tuple(dict.fromkeys(args.routing)),
-            repeats=args.repeats,
-            done=done,
-        )
+        with console.Progress("group", f"writing to {out}") as bar:
+            result = bench.bench(
+                device=args.device,
+                dtype=getattr(torch, dtype),
+                tokens=args.tokens,
+                width=args.width,
+                top_k=args.top_k,
+                ranks=tuple(dict.fromkeys(args.ranks)),
+                routings=tuple(dict.fromkeys(args.routing)),
+                repeats=args.repeats,
+                done=lambda label, total: bar(label, 1, total),
+            )
     except BaseException:
         if made:
-            out.rmdir()
+            with contextlib.suppress(OSError):
+                out.rmdir()
         raise
-    finally:
-        if bar is not None:
-            bar.close()
-    write_json(out / "bench.json", result)
-    plot_bench(result, out / "bench.png")
+    write_json(out / "bench.json", "bench", to_json(result))
+    draw("bench", result, out)
     write_atomic(out / "bench.md", bench.page(result, args.typed, "bench.png").encode())
-    print(bench.table(result))
+    print(bench.table(result, console.width()))
     print("", *(out / name for name in ("bench.json", "bench.md", "bench.png")), sep="\n")
     return 0
 
 
 def device_is_here(name: str) -> None:
     try:
-        torch.empty(1, device=name)
+        device = torch.device(name)
+        if device.type in ("cpu", "meta") and (device.type == "meta" or device.index):
+            raise RuntimeError(f"there is no {name}")
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = "cpu" + (", cuda" if torch.cuda.is_available() else "")
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}, allowed here: {here} ({reason})") from None
 
 
-def output_folder(command: str, given: Path | None, resume: bool = False) -> Path:
-    """The folder to write to, not made yet. Only --resume may write to one that holds a run."""
+def latest(command: str) -> Path:
+    """The last of the folders that a command names by itself."""
     usual = OUT[command]
     names = (Path(usual if n == 1 else f"{usual}-{n}") for n in itertools.count(1))
-    if given is None and not resume:
-        return next(name for name in names if not name.exists())
+    taken = list(itertools.takewhile(Path.exists, names))
+    return taken[-1] if taken else Path(usual)
+
+
+def output_folder(command: str, given: Path | None) -> Path:
+    """The folder of a run that starts, not made yet; none that holds a run."""
     if given is None:
-        taken = list(itertools.takewhile(Path.exists, names))
-        return taken[-1] if taken else Path(usual)
-    if not resume and any((given / name).exists() for name in ("checkpoints", f"{command}.json")):
+        last = latest(command)
+        if not last.exists():
+            return last
+        number = 1 + int(last.name.removeprefix(OUT[command]).removeprefix("-") or 1)
+        return Path(f"{OUT[command]}-{number}")
+    if any((given / name).exists() for name in ("checkpoints", RUN, f"{command}.json")):
         go_on = "--resume goes on, " if command == "compare" else ""
         raise ValueError(f"{given} holds a run already: {go_on}another --out keeps both")
     return given

@@ -1,7 +1,9 @@
 """All schemes and baselines through one stream, side by side."""
 
-import tempfile
+import dataclasses
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,133 @@ import numpy as np
 import torch
 
 from .continual import streams
+from .continual.checkpoints import Checkpoints
 from .continual.learn import (
     BATCH,
     LEARNING_RATE,
     PRETRAIN,
     PROBES,
+    Learner,
     Run,
     make_backbone,
     pretrain,
     run_stream,
+    take_up,
+    task_seed,
 )
 from .continual.metrics import METRICS
 from .continual.planted import reachable
 from .continual.probe import PROBLEMS
 from .continual.streams import Stream
 from .roster import EPOCHS, ROSTER, Entry, lookup, names
-from .tools.results import CompareResult, Reachable, SchemeResult, Spread
+from .tools import parallel
+from .tools.files import write_json
+from .tools.fingerprint import fingerprint
+from .tools.results import (
+    EXACT,
+    CompareResult,
+    Reachable,
+    SchemeResult,
+    Spread,
+    parse,
+    read,
+    to_json,
+)
+
+RUN = "run.json"  # a run's options, in its folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked for: what decides its numbers.
+
+    schemes: as `choose` takes them, a file by its whole path. changes: settings other than the
+    roster's, for all schemes that have them.
+    """
+
+    stream: str = "permuted-digits"
+    schemes: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    tasks: int = 5
+    epochs: int = EPOCHS
+    device: str = "cpu"
+    changes: dict[str, int | float] = field(default_factory=dict)
+    __pydantic_config__ = EXACT
+
+    @classmethod
+    def of(cls, folder: Path) -> "Options":
+        """Those of the run in a folder. Raises FileNotFoundError if there is none; ValueError."""
+        path, mend = folder / RUN, "a run in another folder starts anew"
+        if not path.exists():
+            raise FileNotFoundError(f"{folder}: no run there to go on with")
+        return read(path, "run", partial(parse, cls), mend)
+
+    def extended(self, given: Mapping[str, Any]) -> "Options":
+        """With options given again. They may add schemes, seeds and tasks; all others must agree.
+
+        Raises ValueError on one that does not.
+        """
+        tasks = given.get("tasks", self.tasks)
+        if tasks < self.tasks:
+            raise ValueError(f"tasks is {tasks}, allowed in this run: {self.tasks} or more")
+        for name in ("stream", "epochs", "device"):
+            _require_same(name, given.get(name), {getattr(self, name)})
+        for name, value in given.get("changes", {}).items():
+            usual = {entry.settings[name] for entry in ROSTER.values() if name in entry.settings}
+            _require_same(name, value, {self.changes[name]} if name in self.changes else usual)
+        seed = self.seeds[0]
+        before, after = (streams.make(self.stream, n, seed).tasks for n in (self.tasks, tasks))
+        for task, other in zip(before, after, strict=False):
+            if task.name != other.name:
+                raise ValueError(
+                    f"tasks is {tasks}, allowed in this run: {self.tasks} ({self.stream} "
+                    f"of {tasks} tasks has {other.name} in the place of {task.name})"
+                )
+        return dataclasses.replace(
+            self,
+            schemes=list(dict.fromkeys([*self.schemes, *given.get("schemes", [])])),
+            seeds=list(dict.fromkeys([*self.seeds, *given.get("seeds", [])])),
+            tasks=tasks,
+        )
+
+    def command(self) -> str:
+        """What a user types to have this run."""
+        usual, words = Options(), ["minimoe", "compare"]
+        stream = streams.make(self.stream, self.tasks, self.seeds[0])
+        for name in ("stream", "schemes", "seeds", "tasks", "epochs", "device"):
+            value = getattr(self, name)
+            if value != (_usual(stream) if name == "schemes" else getattr(usual, name)):
+                words += [f"--{name}", *map(_short, value if isinstance(value, list) else [value])]
+        for name, value in self.changes.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        return shlex.join(words)
+
+
+def _usual(stream: Stream) -> list[str]:
+    """The schemes of a run that does not name them: all but the atlas."""
+    return names(stream.real, "scheme", "baseline", "bound")
+
+
+def canonical(name: str) -> str:
+    """A scheme as Options hold it: a file by its whole path."""
+    path, colon, in_file = name.rpartition(":")
+    return f"{Path(path).resolve()}:{in_file}" if colon else name
+
+
+def _short(value: Any) -> str:
+    """A word of a command; a file by its path from here, if it is below."""
+    path, colon, in_file = str(value).rpartition(":")
+    if colon and Path(path).is_relative_to(Path.cwd()):
+        return f"{Path(path).relative_to(Path.cwd())}:{in_file}"
+    return str(value)
+
+
+def _require_same(name: str, given: Any, there: set[Any]) -> None:
+    if given is not None and {given} != there:
+        allowed = ", ".join(map(str, sorted(there)))
+        raise ValueError(
+            f"{name} is {given}, allowed in this run: {allowed}; another --out starts anew"
+        )
 
 
 def compare(
@@ -41,51 +154,67 @@ def compare(
 ) -> CompareResult:
     """Carry every scheme, with every seed, through a stream.
 
-    After every task a checkpoint is written to out/checkpoints; those that are there already
-    are gone on from.
+    The options are written to out/run.json, and after every task a checkpoint to out/checkpoints;
+    those that are there already are gone on from.
 
     Args:
         schemes: as `choose` takes them, or what it returns.
         changes: settings other than the roster's, for all schemes that have them.
         done: is told of progress: a label, and how many tasks are newly finished.
 
-    Raises ValueError on unknown names and settings out of range, before anything is learned.
+    Raises ValueError on unknown names, settings out of range and checkpoints that are damaged or of
+    another run, before anything is written or learned.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}, allowed: 1 or more")
+    streams.require_seeds(seeds)
     changes = dict(changes or {})
     trial = streams.make(stream, tasks, seeds[0])
     entries = schemes if isinstance(schemes, Mapping) else choose(schemes, trial)
-    for name, entry in entries.items():
-        _try(name, entry, trial, changes)
+    learners = {name: _try(name, entry, trial, changes) for name, entry in entries.items()}
     common = {"tasks": tasks, "epochs": epochs}
     how = {"batch": BATCH, "lr": LEARNING_RATE, "pretrain": PRETRAIN, "probes": PROBES}
+    made = {seed: streams.make(stream, tasks, seed) for seed in seeds}
+    options = Options(
+        stream,
+        [name if not e.path else f"{e.path}:{name}" for name, e in entries.items()],
+        list(seeds),
+        tasks,
+        epochs,
+        device,
+        changes,
+    )
+    kept = {
+        (name, seed): _kept(out, options, name, entry, seed)
+        for name, entry in entries.items()
+        for seed in seeds
+    }
+    for (name, seed), files in kept.items():
+        whole = learners[name].whole_stream
+        (files.of_all(tasks) if whole else files).learned(made[seed])
+    if parallel.process() == 0:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(out / RUN, "run", to_json(options))
     cells: dict[str, list[Run]] = {name: [] for name in entries}
     known: dict[str, list[Reachable]] = {}
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out / "checkpoints").close()  # so is a folder one cannot write to
     for seed in seeds:
-        made = streams.make(stream, tasks, seed)
-        backbone = pretrain(made, seed, device)
+        backbone = pretrain(made[seed], seed, device)
         if stream == "planted":
-            for name, reach in reachable(backbone, made, _settings(changes)).items():
+            for name, reach in reachable(backbone, made[seed], _settings(changes)).items():
                 known.setdefault(name, []).append(reach)
         for name, entry in entries.items():
             label = f"{name}, seed {seed}"
             done(label, 0)
-            own = entry.changed(changes) | ({"source": entry.source} if entry.source else {})
-            facts = {"stream": stream, "device": device, "seed": seed, "scheme": name}
             cells[name].append(
                 run_stream(
                     partial(entry.make, **changes),
                     backbone,
-                    made,
+                    made[seed],
                     seed,
                     epochs,
                     device,
                     name=label,
-                    checkpoint=out / "checkpoints" / f"{name}-seed{seed}.safetensors",
-                    facts=facts | common | own | how,
+                    checkpoints=kept[name, seed],
                     done=partial(done, label),
                 )
             )
@@ -93,10 +222,65 @@ def compare(
         stream=stream,
         device=device,
         torch=torch.__version__,
+        code=fingerprint(),
         seeds=list(seeds),
         settings=common | shown_settings(ROSTER | dict(entries), changes) | how,
         schemes={name: _over_seeds(runs, known.get(name)) for name, runs in cells.items()},
     )
+
+
+def _kept(out: Path, options: Options, name: str, entry: Entry, seed: int) -> Checkpoints:
+    """The checkpoints of a scheme's run, and what decides their numbers."""
+    run = {
+        "scheme": name,
+        "seed": seed,
+        "stream": options.stream,
+        "epochs": options.epochs,
+        "device": options.device,
+        **entry.changed(options.changes),
+        "batch": BATCH,
+        "lr": LEARNING_RATE,
+        "pretrain": PRETRAIN,
+        "torch": torch.__version__,
+        "code": fingerprint(),
+    }
+    own = {"source": entry.source} if entry.source else {}
+    return Checkpoints(out / "checkpoints" / f"{name}-seed{seed}", run | own)
+
+
+def restore(folder: str | Path, scheme: str, seed: int = 0) -> tuple[Learner, Stream]:
+    """What a run's learner knew in the end, and the stream that it learned.
+
+        learner, stream = restore("minimoe-compare", "mora")
+        digits = learner.predict(stream.tasks[0].x_test, 0).argmax(-1)
+
+    scheme: its short name. The backbone is not in the checkpoints; it is pretrained anew, to the
+    same bits. Raises FileNotFoundError; ValueError on a name or a seed that the run does not have,
+    or that has not learned all tasks, and on damaged files.
+    """
+    folder = Path(folder)
+    options = Options.of(folder)
+    stream = streams.make(options.stream, options.tasks, options.seeds[0])
+    entries = choose(options.schemes, stream)
+    if scheme not in entries:
+        raise ValueError(f"scheme is {scheme!r}, allowed in this run: {', '.join(entries)}")
+    if seed not in options.seeds:
+        allowed = ", ".join(map(str, options.seeds))
+        raise ValueError(f"seed is {seed}, allowed in this run: {allowed}")
+    stream = streams.make(options.stream, options.tasks, seed)
+    backbone = pretrain(stream, seed, options.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(task_seed(seed, 0))
+        learner = entries[scheme].make(backbone, stream, **options.changes)
+    files = _kept(folder, options, scheme, entries[scheme], seed)
+    files = files.of_all(options.tasks) if learner.whole_stream else files
+    if files.learned(stream) < options.tasks:
+        raise ValueError(
+            f"{folder}: {scheme}, seed {seed}, has not learned all tasks; --resume does"
+        )
+    take_up(learner, files, options.tasks, stream)
+    learner.model.eval()
+    return learner, stream
 
 
 def choose(schemes: Sequence[str] | None, stream: Stream) -> dict[str, Entry]:
@@ -104,7 +288,7 @@ def choose(schemes: Sequence[str] | None, stream: Stream) -> dict[str, Entry]:
     but the atlas; "all": with it. Raises ValueError on a name that this stream does not have."""
     allowed = names(stream.real)
     if schemes is None:
-        schemes = names(stream.real, "scheme", "baseline", "bound")
+        schemes = _usual(stream)
     entries: dict[str, Entry] = {}
     for given in dict.fromkeys(schemes):
         for each in allowed if given == "all" else [given]:
@@ -114,17 +298,16 @@ def choose(schemes: Sequence[str] | None, stream: Stream) -> dict[str, Entry]:
                     f"scheme is {name!r}, allowed on {stream.name}: {', '.join(allowed)}"
                 )
             if (name in entries and entries[name] != entry) or (entry.source and name in ROSTER):
-                raise ValueError(f"scheme {each!r}: there is another of the name {name}")
+                raise ValueError(f"scheme {_short(each)!r}: there is another of the name {name}")
             entries[name] = entry
     return entries
 
 
-def _try(name: str, entry: Entry, stream: Stream, changes: Mapping[str, Any]) -> None:
-    """Raise ValueError if the learner cannot be made, or one of one's own cannot answer."""
+def _try(name: str, entry: Entry, stream: Stream, changes: Mapping[str, Any]) -> Learner:
+    """A learner. Raises ValueError if it cannot be made, or one of one's own cannot answer."""
     model = make_backbone(stream)
     if not entry.source:
-        entry.make(model, stream, **changes)  # raises on a bad setting
-        return
+        return entry.make(model, stream, **changes)  # raises on a bad setting
     try:
         learner = entry.make(model, stream, **changes)
         answers = learner.predict(stream.tasks[0].x_test[:2], 0)
@@ -132,6 +315,7 @@ def _try(name: str, entry: Entry, stream: Stream, changes: Mapping[str, Any]) ->
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
     if answers.shape[0] != 2:
         raise ValueError(f"{name} gives answers of shape {tuple(answers.shape)} to two inputs")
+    return learner
 
 
 def shown_settings(entries: Mapping[str, Entry], changes: Mapping[str, Any]) -> dict[str, Any]:

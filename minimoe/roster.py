@@ -4,7 +4,6 @@
 scheme is to add its entry.
 """
 
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from .continual.streams import Stream
 from .lora import LoRA
 from .lora_moe import LoRAMoE
 from .mora import MoRA
+from .tools.fingerprint import of_own
 from .tools.load import load_class
 
 Kind = Literal["scheme", "atlas", "baseline", "bound"]
@@ -51,7 +51,7 @@ class Entry:
         scheme, learner(model, stream, **settings).
     settings: for the toy streams, as constructor arguments.
     classes: whether it needs a stream whose answers are classes.
-    source: the hash of the file that it comes from, if it is none of this package's.
+    path, source: the file that it comes from, and its fingerprint, if it is none of this package's.
     """
 
     kind: Kind
@@ -60,6 +60,7 @@ class Entry:
     learner: Callable[..., Learner] = AdapterLearner
     settings: Mapping[str, Any] = field(default_factory=dict)
     classes: bool = False
+    path: Path | None = None
     source: str | None = None
 
     def make(self, model: Any, stream: Stream, **changes: Any) -> Learner:
@@ -222,5 +223,6 @@ def lookup(name: str) -> tuple[str, Entry]:
         scheme,
         getattr(scheme, "learner", AdapterLearner),
         getattr(scheme, "toy_settings", usual),
-        source=hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16],
+        path=Path(path).resolve(),
+        source=of_own(Path(path).resolve()),
     )

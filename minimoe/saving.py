@@ -122,16 +122,16 @@ def save(model: nn.Module, path: str | Path) -> None:
     described = _described(model)
     if not described["adapters"]:
         raise ValueError("the model has no adapters")
-    write_tensors(path, state(model), described)
+    write_tensors(path, "adapters", state(model), described)
 
 
 def load(model: nn.Module, path: str | Path) -> None:
     """Read adapters that `save` wrote into a model adapted in the same way, grown or not.
 
-    Raises FileNotFoundError; ValueError, before anything is changed, on a file that is truncated
+    Raises FileNotFoundError; ValueError, before anything is changed, on a file that is damaged
     or not of this package, or whose layers, schemes, settings or shapes are not the model's.
     """
-    tensors, facts = read_tensors(path)
+    tensors, facts = read_tensors(path, "adapters", mend="save writes it anew")
     described, there = _described(model), facts.get("adapters")
     here = described["adapters"]
     if not isinstance(there, dict):

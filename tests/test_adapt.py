@@ -173,21 +173,27 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
     refused(r"0.fc1 is \['MoRA', .* there, \['LoRA', .* here", model(LoRA))
     refused("1.fc2 is .* there, not adapted here", model(MoRA, r"0\.fc.|1\.fc1"))
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(whole[:-5])
+    refused("changed or cut short since it was written")
+    path.write_bytes(whole[:100])
     refused("truncated, or no safetensors file")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused("changed or cut short since it was written.*; save writes it anew")
     path.write_bytes(b"not a tensor in sight")
     refused("truncated, or no safetensors file")
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, path)
-    refused("not one that minimoe wrote")
-    write_tensors(path, {"x": torch.ones(1)}, {"run": 1})
+    refused("not written by minimoe, or by one before files had checksums")
+    write_tensors(path, "checkpoint", {"x": torch.ones(1)}, {"run": 1})
+    refused("holds 'checkpoint', allowed here: adapters")
+    write_tensors(path, "adapters", {"x": torch.ones(1)}, {"run": 1})
     refused("holds no adapters")
     for odd in (5, {}, [1], "a"):
-        write_tensors(path, state(net), {"adapters": {}, "beside": odd})
+        write_tensors(path, "adapters", state(net), {"adapters": {}, "beside": odd})
         refused("not adapted there")
-        facts = read_tensors(good)[1]
-        write_tensors(path, state(net), facts | {"beside": odd})
+        facts = read_tensors(good, "adapters", mend="")[1]
+        write_tensors(path, "adapters", state(net), facts | {"beside": odd})
         refused("what trains beside the adapters is .*, allowed: names")
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(net).items())
 

@@ -1,5 +1,6 @@
 """The command as a user has it: in a process of its own."""
 
+import csv
 import json
 import os
 import signal
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from minimoe.cli import main
+from minimoe.compare import restore
 from minimoe.continual.streams import STREAMS
 from minimoe.laws import LAWS, says
 from minimoe.roster import ROSTER
-from minimoe.tools.files import read_tensors
 
 SMALL = ["--tasks", "3", "--epochs", "2", "--rank", "4"]
 
@@ -30,6 +31,7 @@ def result(folder):
     found = json.loads((folder / "compare.json").read_text())
     for scheme in found["schemes"].values():
         del scheme["seconds"], scheme["step"]
+    del found["minimoe"]
     return found
 
 
@@ -45,7 +47,8 @@ def small(tmp_path_factory):
 def test_compare_prints_a_table_and_writes_json_and_picture(small):
     folder, done = small
     found = json.loads((folder / "minimoe-compare" / "compare.json").read_text())
-    assert list(found) == ["stream", "device", "torch", "seeds", "settings", "schemes"]
+    held = ["minimoe", "stream", "device", "torch", "code", "seeds", "settings", "schemes"]
+    assert list(found) == held
     assert (found["stream"], found["device"], found["seeds"]) == ("permuted-digits", "cpu", [0, 1])
     assert list(found["schemes"])[:3] == ["lora", "lora_moe", "mora"]
     baselines = {"zero_shot", "class_mean", "head_only", "lora_grown", "joint", "oracle"}
@@ -78,25 +81,94 @@ def test_compare_prints_a_table_and_writes_json_and_picture(small):
     assert (picture.parent / "gates.png").stat().st_size > 20_000
     assert str(picture.with_name("gates.png").relative_to(folder)) in done.stdout
     assert "task" in done.stderr  # the progress bar
+    assert done.stderr.startswith("writing to minimoe-compare\n")
 
 
 @pytest.mark.slow
 def test_a_second_run_takes_a_new_folder_and_resume_the_latest(small):
     folder, _ = small
     args = ["compare", "--schemes", "zero_shot", *SMALL]
-    assert "writing to minimoe-compare-2" in minimoe(*args, cwd=folder).stdout
-    again = minimoe(*args, "--resume", cwd=folder)
-    assert "writing to minimoe-compare-2" in again.stdout
+    assert "writing to minimoe-compare-2" in minimoe(*args, cwd=folder).stderr
+    again = minimoe("compare", "--resume", cwd=folder)
+    assert "writing to minimoe-compare-2" in again.stderr
     assert not (folder / "minimoe-compare-3").exists()
 
 
 @pytest.mark.slow
-def test_resume_adds_seeds_to_a_finished_run(small, tmp_path):
-    args = ["compare", "--schemes", "lora", "mora", *SMALL, "--out", tmp_path / "run"]
-    assert minimoe(*args, cwd=tmp_path).returncode == 0
-    assert minimoe(*args, "--seeds", 0, 1, "--resume", cwd=tmp_path).returncode == 0
+def test_resume_extends_a_finished_run_and_keeps_what_is_there(small, tmp_path):
+    run = ["--out", tmp_path / "run"]
+    start = ["compare", "--schemes", "mora", "--tasks", 2, "--epochs", 2, "--rank", 4]
+    assert minimoe(*start, *run, cwd=tmp_path).returncode == 0
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    for more in (["--seeds", 1], ["--schemes", "lora", "joint"], ["--tasks", 3], []):
+        done = minimoe("compare", "--resume", *more, *run, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in first} == first
     mine, whole = result(tmp_path / "run"), result(small[0] / "minimoe-compare")
-    assert mine["schemes"] == {name: whole["schemes"][name] for name in ("lora", "mora")}
+    assert mine["schemes"] == {name: whole["schemes"][name] for name in ("mora", "lora", "joint")}
+    assert list(mine["schemes"]) == ["mora", "lora", "joint"]
+    page = (tmp_path / "run" / "compare.md").read_text()
+    again = "minimoe compare --schemes mora lora joint --seeds 0 1 --tasks 3 --epochs 2 --rank 4"
+    assert f"`{again}`" in page
+    other = minimoe(*again.split()[1:], "--out", "other", cwd=tmp_path)
+    assert other.returncode == 0 and result(tmp_path / "other") == mine
+    turned = ["compare", "--stream", "rotated-digits", "--tasks", 2, "--epochs", 1]
+    turned += ["--schemes", "lora", "--out", "turned"]
+    assert minimoe(*turned, cwd=tmp_path).returncode == 0
+    before = (tmp_path / "turned" / "run.json").read_bytes()
+    done = minimoe("compare", "--resume", "--tasks", 3, "--out", "turned", cwd=tmp_path)
+    assert "tasks is 3, allowed in this run: 2 (rotated-digits of 3 tasks has 60°" in done.stderr
+    assert (tmp_path / "turned" / "run.json").read_bytes() == before
+
+
+def test_what_a_finished_run_knew_can_be_used(small):
+    folder = small[0] / "minimoe-compare"
+    matrices = result(folder)["schemes"]
+    for name in ("mora", "joint", "class_mean", "oracle"):
+        learner, stream = restore(folder, name, seed=1)
+        for j, task in enumerate(stream.tasks):
+            right = learner.predict(task.x_test, j).argmax(-1) == task.y_test
+            assert abs(right.double().mean().item() - matrices[name]["matrix"][1][3][j]) < 1e-6
+    for args, message in (
+        (("moar",), "scheme is 'moar', allowed in this run: lora, lora_moe"),
+        (("mora", 7), "seed is 7, allowed in this run: 0, 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            restore(folder, *args)
+    with pytest.raises(FileNotFoundError, match="no run there to go on with"):
+        restore(folder / "none", "mora")
+
+
+def test_stored_results_are_drawn_and_printed_again(small, tmp_path, capsys):
+    folder = small[0] / "minimoe-compare"
+    path = folder / "compare.json"
+    pictures = {name: (folder / name).read_bytes() for name in ("compare.png", "gates.png")}
+    assert main(["plot", str(path), "--out", str(tmp_path / "drawn")]) == 0
+    assert {p.name: p.read_bytes() for p in (tmp_path / "drawn").iterdir()} == pictures
+    capsys.readouterr()
+    assert main(["table", str(path)]) == 0
+    assert capsys.readouterr().out.strip() in small[1].stdout
+    assert main(["table", str(path), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    stored = json.loads(path.read_text())["schemes"]
+    assert [row["scheme"] for row in rows] == list(stored)
+    for row in rows:
+        acc = stored[row["scheme"]]["acc"]
+        assert (float(row["acc"]), float(row["acc std"])) == (acc["mean"], acc["std"])
+    for form, start in (("latex", r"\begin{tabular}{lrrr"), ("markdown", "| scheme | acc |")):
+        assert main(["table", str(path), "--format", form]) == 0
+        assert capsys.readouterr().out.startswith(start)
+
+
+@pytest.mark.parametrize("name", ["findings/grain", "findings/atlas", "results/bench-cpu"])
+def test_every_kind_of_result_is_drawn_and_printed_again(name, tmp_path, capsys):
+    path = Path(__file__).parent.parent / "tutorials" / f"{name}.json"
+    assert main(["plot", str(path), "--out", str(tmp_path)]) == 0
+    (picture,) = tmp_path.iterdir()
+    assert picture.stat().st_size > 20_000
+    for form in ("text", "csv", "latex", "markdown"):
+        assert main(["table", str(path), "--format", form]) == 0
+        assert len(capsys.readouterr().out.splitlines()) > 8
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
@@ -105,24 +177,23 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
     args = ["compare", "--schemes", "lora_moe", "mora", "--tasks", 3, "--epochs", 12]
     assert minimoe(*args, "--out", "whole", cwd=tmp_path).returncode == 0
     killed = tmp_path / "killed"
-    watched = killed / "checkpoints" / "mora-seed0.safetensors"
+    again = ["compare", "--resume"]
     # once as soon as a task's checkpoint is there (between tasks), once well into the next task
-    for learned, wait in ((1, 0.0), (2, 0.2)):
+    for learned, wait, words in ((1, 0.0, args), (2, 0.2, again)):
+        watched = killed / "checkpoints" / f"mora-seed0-task{learned}.safetensors"
         process = subprocess.Popen(
-            [sys.executable, "-m", "minimoe", *map(str, args), "--out", killed, "--resume"],
+            [sys.executable, "-m", "minimoe", *map(str, words), "--out", killed],
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        while process.poll() is None:
-            if watched.exists() and read_tensors(watched)[1]["learned"] >= learned:
-                break
+        while process.poll() is None and not watched.exists():
             time.sleep(0.005)
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not (killed / "compare.json").exists()
-    assert minimoe(*args, "--out", killed, "--resume", cwd=tmp_path).returncode == 0
+    assert minimoe(*again, "--out", killed, cwd=tmp_path).returncode == 0
     assert result(killed) == result(tmp_path / "whole")
     assert (killed / "compare.png").exists()
 
@@ -144,7 +215,7 @@ BAD = [
         "tasks is 6, allowed for split-digits",
     ),
     (["compare", "--epochs", "0"], "epochs is 0, allowed: 1 or more"),
-    (["compare", "--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
+    (["compare", "--seeds", "-1"], "seeds is -1, allowed: 0 to 4294967295"),
     (["compare", "--out", "file/run"], "Not a directory"),
     (["compare", "--wat"], "unrecognized arguments: --wat"),
     (["bench", "--device", "gpu"], "device is 'gpu', allowed here: cpu"),
@@ -158,7 +229,7 @@ BAD = [
     (["bench", "--out", "file/run"], "Not a directory"),
     (["study", "routes"], "study is 'routes', allowed: routing, knobs, growth, silence, grain"),
     (["study", "grain", "--jobs", "0"], "jobs is 0, allowed: 1 or more"),
-    (["study", "grain", "--seeds", "-1"], "seeds is -1, allowed: 0 or more"),
+    (["study", "grain", "--seeds", "-1"], "seeds is -1, allowed: 0 to 4294967295"),
     (["study", "grain", "--out", "file/run"], "Not a directory"),
     (["check"], "the following arguments are required: NAME"),
     (["compare", "--schemes", "gone.py:Mine"], "gone.py: no such file"),
@@ -168,7 +239,23 @@ BAD = [
     (["check", "file:Mine"], "file fails: NameError: name 'mine' is not defined"),
     (["new-scheme", "my-gate"], "name is 'my-gate', allowed: a module's name, as in my_gate"),
     (["new-scheme", "../gate"], "name is '../gate', allowed: a module's name"),
-    (["new-scheme", "lambda"], "name is 'lambda', allowed: a module's name"),
+    (["new-scheme", "lambda"], "name is 'lambda', allowed: one that Python does not know yet"),
+    (["new-scheme", "none"], "name is 'none', allowed: one that Python does not know yet"),
+    (["new-scheme", "torch"], "name is 'torch', allowed: one that Python does not know yet"),
+    (["new-scheme", "_"], "name is '_', allowed: a module's name, as in my_gate"),
+    (["new-scheme", "gate"], "name is 'gate', allowed: one whose class, Gate, is no name yet"),
+    (["compare", "--schemes", "all", "nope"], "scheme is 'nope', allowed: lora, lora_moe"),
+    (["compare", "--device", "cpu:99"], "device is 'cpu:99', allowed here: cpu"),
+    (["compare", "--device", "meta"], "device is 'meta', allowed here: cpu"),
+    (["compare", "--seeds", "0", "4294967296"], "seeds is 4294967296, allowed: 0 to 4294967295"),
+    (["study", "grain", "--seeds", "0", "-3"], "seeds is -3, allowed: 0 to 4294967295"),
+    (["compare", "--tau", "nan"], "tau is nan, allowed: above 0"),
+    (["compare", "--resume"], "minimoe-compare: no run there to go on with"),
+    (["compare", "--resume", "--out", "file"], "file: no run there to go on with"),
+    (["plot", "gone.json"], "gone.json: no such file"),
+    (["plot", "file"], "file: truncated, or no JSON"),
+    (["table", "file", "--format", "csv"], "file: truncated, or no JSON"),
+    (["table", "file", "--format", "pdf"], "argument --format: invalid choice: 'pdf'"),
 ]
 
 
@@ -243,6 +330,10 @@ def test_compare_takes_a_scheme_of_ones_own(tmp_path, monkeypatch, capsys):
     assert schemes["Idle"]["trainable"] == schemes["Mine"]["trainable"]  # --rank is for all
     assert "own.py:Mine" in Path("run/compare.md").read_text()
     Path("own.py").write_text(OWN + "# changed\n")
+    assert main(["compare", "--resume", "--out", "run"]) == 0  # a comment
+    Path("own.py").write_text(OWN.replace("    pass", "    extra = 1", 1))
+    assert main(["compare", "--resume", "--out", "run"]) == 2
+    assert "a checkpoint of another run (source" in capsys.readouterr().err
     assert main([*args, "--resume"]) == 2
     assert "a checkpoint of another run (source" in capsys.readouterr().err
     for name, message in (
@@ -261,7 +352,7 @@ def test_compare_takes_a_scheme_of_ones_own(tmp_path, monkeypatch, capsys):
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(small):
     folder, _ = small
     run = folder / "minimoe-compare"
-    checkpoint = run / "checkpoints" / "mora-seed0.safetensors"
+    checkpoint = run / "checkpoints" / "mora-seed0-task2.safetensors"
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
     def refused(*args):
@@ -270,12 +361,22 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(small):
         return done.stderr.splitlines()[-1]
 
     assert "holds a run already: --resume goes on" in refused()
-    another = refused("--resume", "--tau", "0.3")
-    assert "seed0.safetensors: a checkpoint of another run (tau 0.1 there, 0.3 here)" in another
+    for option, value, there in (
+        ("tau", "0.3", "0.1"),
+        ("epochs", "3", "2"),
+        ("stream", "planted", "permuted-digits"),
+        ("rank", "5", "4"),
+        ("top-k", "8", "3, 8"),
+    ):
+        another = refused("--resume", f"--{option}", value)
+        name = option.replace("-", "_")
+        assert f"{name} is {value}, allowed in this run: {there}; another --out" in another
+    fewer = minimoe("compare", "--tasks", 2, "--resume", "--out", run, cwd=folder)
+    assert "tasks is 2, allowed in this run: 3 or more" in fewer.stderr
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
-    checkpoint.write_bytes(before[checkpoint][:1000])
-    assert "mora-seed0.safetensors: truncated, or no safetensors file" in refused("--resume")
-    assert checkpoint.read_bytes() == before[checkpoint][:1000]
+    checkpoint.write_bytes(before[checkpoint][:-1])
+    assert "mora-seed0-task2.safetensors: changed or cut short since" in refused("--resume")
+    assert checkpoint.read_bytes() == before[checkpoint][:-1]
     checkpoint.write_bytes(before[checkpoint])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minimoe import bench
 from minimoe.compare import shown_settings
 from minimoe.continual.metrics import METRICS
 from minimoe.continual.probe import PROBLEMS
@@ -18,6 +19,7 @@ from minimoe.laws import LAWS
 from minimoe.roster import EPOCHS, ROSTER, names
 from minimoe.studies import STUDIES, atlas
 from minimoe.tools import tables
+from minimoe.tools.files import read_json
 from minimoe.tools.results import CompareResult, StudyResult, to_json
 
 ROOT = Path(__file__).parent.parent
@@ -74,12 +76,11 @@ def test_the_stored_results_are_of_the_settings_and_the_roster_of_today(name, st
             assert then[key] == value
 
 
-def test_a_stored_result_reads_and_writes_to_the_same():
-    for folder, kind in (("results", CompareResult), ("findings", StudyResult)):
-        for path in (ROOT / "tutorials" / folder).glob("*.json"):
-            if not path.name.startswith("bench"):
-                entry = json.loads(path.read_text(encoding="utf-8"))
-                assert to_json(kind.from_json(entry)) == entry, path.name
+def test_a_stored_result_is_whole_and_reads_and_writes_to_the_same():
+    for path in (ROOT / "tutorials").glob("*/*.json"):
+        kind, entry = read_json(path, "compare", "study", "bench", mend="")
+        read = {"compare": CompareResult.read, "study": StudyResult.read, "bench": bench.read}
+        assert to_json(read[kind](path)) == entry, path.name
 
 
 def test_tables_name_all_measures():

@@ -8,7 +8,6 @@
 # Before this: notebooks 01 to 03. Half a minute on a laptop.
 
 # %%
-import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -291,11 +290,7 @@ assert abs(rows["oracle"].interference.mean) < 1e-4  # told the task: nothing mo
 
 
 # %%
-def read(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-stored = CompareResult.from_json(read("results/compare.json")).schemes
+stored = CompareResult.read("results/compare.json").schemes
 figure, grid = plt.subplots(1, 3, figsize=(8, 2.7), sharey=True)
 own = {}
 for axes, name in zip(grid, ("lora_grown", "lora_moe", "mora"), strict=True):
@@ -318,7 +313,7 @@ assert own["lora_grown"] < own["lora_moe"] < own["mora"]
 # (`minimoe study atlas`, too long to run here).
 
 # %%
-atlas = StudyResult.from_json(read("findings/atlas.json"))
+atlas = StudyResult.read("findings/atlas.json")
 STREAMS = ["permuted-digits", "rotated-digits", "split-digits", "digit-worlds"]
 values = {
     name: {stream: row[f"acc {stream}"].values for stream in STREAMS}
@@ -545,7 +540,7 @@ assert known["lora"].limit and known["lora"].mean < 0.9  # 8 ranks cannot hold 5
 assert not known["mora"].limit and known["mora"].mean > 0.95  # shown, with weights set by hand
 
 # %%
-planted_runs = CompareResult.from_json(read("results/planted.json")).schemes
+planted_runs = CompareResult.read("results/planted.json").schemes
 reach = {name: row.reachable.mean for name, row in planted_runs.items() if row.reachable}
 learned = {name: planted_runs[name].acc.mean for name in reach}
 

@@ -6,12 +6,12 @@ commands write such pages beside their results; this one writes those that are s
 scheme or a result was added. The tests hold the stored pages to it.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
 from minimoe.bench import page as bench_page
+from minimoe.bench import read as read_bench
 from minimoe.roster import ROSTER
 from minimoe.studies import STUDIES
 from minimoe.tools.files import write_atomic
@@ -27,22 +27,18 @@ RESULTS = {  # name: the command that made it, and the pictures that are stored 
 BENCH = "minimoe bench --repeats 7"
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def study_results() -> list[StudyResult]:
     folder = HERE / "findings"
-    return [StudyResult.from_json(read(folder / f"{name}.json")) for name in STUDIES]
+    return [StudyResult.read(folder / f"{name}.json") for name in STUDIES]
 
 
 def pages() -> dict[Path, str]:
     """{file: what it should hold}."""
     made = {}
     for name, (command, pictures) in RESULTS.items():
-        result = CompareResult.from_json(read(HERE / "results" / f"{name}.json"))
+        result = CompareResult.read(HERE / "results" / f"{name}.json")
         made[HERE / "results" / f"{name}.md"] = compare_page(result, command, pictures)
-    bench = read(HERE / "results" / "bench-cpu.json")
+    bench = read_bench(HERE / "results" / "bench-cpu.json")
     made[HERE / "results" / "bench-cpu.md"] = bench_page(bench, BENCH, "bench-cpu.png")
     made[HERE / "findings" / "findings.md"] = findings(study_results())
     readme = HERE.parent / "README.md"
@@ -71,7 +67,7 @@ def kinds() -> str:
 
 def accuracies() -> str:
     """All but the atlas, by findings/atlas.json; a dash where the study has not run yet."""
-    atlas = StudyResult.from_json(read(HERE / "findings" / "atlas.json"))
+    atlas = StudyResult.read(HERE / "findings" / "atlas.json")
     streams = [name.removeprefix("acc ") for name in atlas.columns if name.startswith("acc ")]
     lines = [f"| final accuracy | {' | '.join(streams)} |", "|---" * (len(streams) + 1) + "|"]
     for name, entry in ROSTER.items():

@@ -23,7 +23,7 @@ from .bench import (
     up_projections,
 )
 from .clock import Clock, Contenders, keep_freed_memory, rounds, spread
-from .tables import page, table
+from .tables import from_json, page, read, table
 
 __all__ = [
     "LIVE",
@@ -36,11 +36,13 @@ __all__ = [
     "agreement",
     "bench",
     "beside",
+    "from_json",
     "keep_freed_memory",
     "layer_bytes",
     "make_routes",
     "mora_layers",
     "page",
+    "read",
     "record",
     "rounds",
     "spread",

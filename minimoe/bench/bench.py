@@ -40,6 +40,7 @@ from ..continual.streams import Task, make
 from ..lora_moe import LoRAMoE
 from ..mora import MoRA
 from ..sparse import rank_sparse, spmm_t
+from ..tools.fingerprint import fingerprint
 from .clock import Clock, Contenders, keep_freed_memory, rounds, spread
 
 LIVE = 16  # ranks in training, of any number
@@ -128,6 +129,7 @@ def bench(
         "device": _device_name(device),
         "threads": torch.get_num_threads() if clock.cpu else None,
         "torch": torch.__version__,
+        "code": fingerprint(),
         "triton": _version("triton"),
         "peft": _version("peft"),
         "dtype": str(dtype).removeprefix("torch."),

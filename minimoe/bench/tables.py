@@ -1,6 +1,73 @@
 """A bench result as text: the full table for a terminal, and a page in Markdown."""
 
-from typing import Any
+from pathlib import Path
+from typing import (
+    Any,
+    NotRequired,  # pydantic reads no other before Python 3.12
+)
+
+from typing_extensions import TypedDict
+
+from ..tools.results import EXACT, parse
+from ..tools.results import read as read_file
+from ..tools.tables import aligned, filled
+
+
+class Timing(TypedDict):
+    median: float
+    iqr: float
+
+
+Row = TypedDict(
+    "Row",
+    {
+        "part": str,
+        "pass": str,
+        "R": int,
+        "routing": str,
+        "name": str,
+        "ms": Timing,
+        "ratio": Timing,
+        "peak": NotRequired[float],
+    },
+)
+
+
+class BenchResult(TypedDict):
+    """What bench.json holds."""
+
+    __pydantic_config__ = EXACT  # type: ignore[misc]
+
+    date: str
+    device: str
+    threads: int | None
+    torch: str
+    code: str | None
+    triton: str | None
+    peft: str | None
+    dtype: str
+    tokens: int
+    width: int
+    top_k: int
+    repeats: int
+    copy_bytes_per_s: float | None
+    ranks_used: dict[str, int]
+    planted_and_chosen: dict[str, float]
+    rows: list[Row]
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What a bench.json holds. Raises FileNotFoundError; ValueError on a damaged file."""
+    return read_file(path, "bench", from_json)
+
+
+def from_json(entry: Any) -> dict[str, Any]:
+    """Raises ValueError, naming the place, if the entry is not what `bench` returned."""
+    result = dict(parse(BenchResult, entry))
+    if not any(row["part"] == "layer" for row in entry["rows"]):
+        raise ValueError("no row times a layer")
+    return result
+
 
 # The columns of the page's table: their head, and which times they show.
 COLUMNS = {
@@ -46,15 +113,15 @@ call holds at most.
 """
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], width: int | None = None) -> str:
     """bench.json as text: for each part and pass the reference in milliseconds, and all others as
     ratios to it."""
-    lines = [device_line(result)]
+    lines = [filled(device_line(result), width)]
     for part in dict.fromkeys(row["part"] for row in result["rows"]):
         for which in ("forward", "training"):
             rows = [r for r in result["rows"] if (r["part"], r["pass"]) == (part, which)]
             if rows:
-                lines += ["", *_grid(part, which, rows, result["ranks_used"])]
+                lines += ["", *_grid(part, which, rows, result["ranks_used"], width)]
     return "\n".join(lines)
 
 
@@ -68,7 +135,9 @@ def device_line(result: dict[str, Any]) -> str:
     )
 
 
-def _grid(part: str, which: str, rows: list[dict[str, Any]], used: dict[str, int]) -> list[str]:
+def _grid(
+    part: str, which: str, rows: list[dict[str, Any]], used: dict[str, int], width: int | None
+) -> list[str]:
     names = list(dict.fromkeys(row["name"] for row in rows))
     cells = {(row["R"], row["routing"], row["name"]): row for row in rows}
     peaks = [name for name in names if any(cells[at].get("peak") for at in cells if at[2] == name)]
@@ -87,9 +156,9 @@ def _grid(part: str, which: str, rows: list[dict[str, Any]], used: dict[str, int
         grid.append(line)
     if len(places) == 1:
         grid = [line[3:] for line in grid]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     title = f"{part}, {which}; ratios to {names[0]}"
-    return [title] + ["  ".join(map(str.rjust, line, widths)) for line in grid]
+    repeated = 3 if len(places) > 1 else 0
+    return [title, *aligned(grid, width, repeated, align=(str.rjust, str.rjust))]
 
 
 def _digits(ratio: float) -> int:

@@ -23,7 +23,8 @@ class ClassMean(Learner):
     """Nearest class mean: no training; a digit's prototype is the mean of its frozen features.
 
     The mean is over all that the stream has shown of the digit so far, and over the base domain
-    until then. No weight is overwritten, but tasks that look different share one mean, and blur it.
+    until then. A digit that neither has shown is never answered. No weight is overwritten, but
+    tasks that look different share one mean, and blur it.
     """
 
     model: Backbone
@@ -47,17 +48,20 @@ class ClassMean(Learner):
     def predict(self, x: Tensor, j: int) -> Tensor:
         source = (self.seen[1] > 0).long()  # (C,)
         digits = torch.arange(len(source))
-        mean = self.total[source, digits] / self.seen[source, digits].unsqueeze(1)  # (C, F)
-        return -torch.cdist(self.model.features(x), mean.to(x))
+        seen = self.seen[source, digits]  # (C,)
+        mean = self.total[source, digits] / seen.clamp_min(1).unsqueeze(1)  # (C, F)
+        logits = -torch.cdist(self.model.features(x), mean.to(x))
+        return logits.masked_fill(seen.to(x.device) == 0, -torch.inf)
 
     def count(self) -> dict[str, int]:
         return {"trainable": 0, "stored": self.total[0].numel(), "active": self.total[0].numel()}
 
     def state(self) -> dict[str, Tensor]:
-        return {"total": self.total, "seen": self.seen}
+        return {"total": self.total.clone(), "seen": self.seen.clone()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.total, self.seen = tensors["total"], tensors["seen"]
+        self.total.copy_(tensors["total"])
+        self.seen.copy_(tensors["seen"])
 
 
 class HeadOnly(Learner):
@@ -73,7 +77,7 @@ class HeadOnly(Learner):
         return dict.fromkeys(("trainable", "stored", "active"), self.model.classes.numel())
 
     def state(self) -> dict[str, Tensor]:
-        return {"classes": self.model.classes}
+        return {"classes": self.model.classes.detach().clone()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -89,6 +93,8 @@ class Joint(AdapterLearner):
         rank: r, ranks per task; the LoRA has r for each of the stream's tasks, or as many as the
             narrowest layer allows.
     """
+
+    whole_stream = True
 
     def __init__(self, model: Any, stream: Stream, rank: int = 8, **settings: Any):
         rank = min(rank * len(stream.tasks), *model.fc1.weight.shape)

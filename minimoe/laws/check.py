@@ -13,6 +13,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..claims import Claims
+from ..tools.tables import aligned
 from .case import Broken, Case, LeftOut, cases
 from .laws import EXAMPLES, LAWS, Law
 
@@ -123,20 +124,23 @@ def says(law: Law) -> str:
     return (law.__doc__ or "").splitlines()[0]
 
 
-def table(results: dict[str, list[Row]]) -> str:
+def table(results: dict[str, list[Row]], width: int | None = None) -> str:
     """Laws down, schemes across, and below it the evidence for every broken one."""
-    names = list(results)
-    width = [max(len(name), len("BROKEN")) for name in names]
-    first = max(len(law.__name__) for law in LAWS)
-    head = "  ".join(["law".ljust(first), *(n.ljust(w) for n, w in zip(names, width, strict=True))])
-    lines = [f"{head}  what it says", "-" * (len(head) + 2 + max(len(says(law)) for law in LAWS))]
     marks = {"held": "held", "broken": "BROKEN", "not claimed": "–"}
+    rows = [["law", *results, "what it says"]]
     for i, law in enumerate(LAWS):
-        cells = [marks[results[n][i].verdict].ljust(w) for n, w in zip(names, width, strict=True)]
-        lines.append("  ".join([law.__name__.ljust(first), *cells, says(law)]))
-    lines += ["", "–: not claimed by the scheme."]
-    for name in names:
-        for row in results[name]:
+        verdicts = [marks[each[i].verdict] for each in results.values()]
+        rows.append([law.__name__, *verdicts, says(law)])
+    lines = [
+        *aligned(rows, width, align=(str.ljust, str.ljust)),
+        "",
+        "–: not claimed by the scheme.",
+    ]
+    for name, each in results.items():
+        for row in each:
             if row.verdict == "broken":
-                lines += ["", *textwrap.wrap(f"{name} breaks {row.law}: {row.evidence}", 100)]
+                lines += [
+                    "",
+                    *textwrap.wrap(f"{name} breaks {row.law}: {row.evidence}", width or 100),
+                ]
     return "\n".join(lines)

@@ -134,7 +134,7 @@ class MoCLELearner(EmbeddingLearner):
         return counts | {k: counts[k] + self.known.numel() for k in ("stored", "active")}
 
     def state(self) -> dict[str, Tensor]:
-        return {"known": self.known, **super().state()}
+        return {"known": self.known.clone(), **super().state()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.known = tensors["known"].to(self.known.device)

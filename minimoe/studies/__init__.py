@@ -5,17 +5,17 @@ come. silence: what happens on inputs of no task. grain: how fine experts should
 every scheme on four streams.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..tools.files import write_atomic
+from ..continual.streams import require_seeds
+from ..tools.files import write_atomic, write_json
 from ..tools.results import StudyResult, to_json
 from ..tools.tables import findings
 from . import atlas, grain, growth, knobs, routing, silence
 from .study import Study, report, run
 
-__all__ = ["STUDIES", "run_study"]
+__all__ = ["STUDIES", "run_study", "stored"]
 
 STUDIES: dict[str, Study] = {
     "routing": routing.STUDY,
@@ -34,6 +34,7 @@ def run_study(
     quick: bool = False,
     jobs: int | None = None,
     done: Callable[[str, int, int], None] = lambda label, cells, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> StudyResult:
     """Run a study of STUDIES, and write to the folder out: NAME.json, NAME.png, and findings.md,
     the page of all studies whose JSON is there. Returns what NAME.json holds.
@@ -43,22 +44,41 @@ def run_study(
         quick: fewer tasks and less training: to see that it runs, not to conclude from.
         jobs: joblib's n_jobs, None for what joblib.parallel_config says.
         done: called with a label, how many cells are newly finished, and of how many.
+        say: called with a line on cells of other code, which are run again.
 
-    Raises ValueError on an unknown name, or a file in the way (study.run).
+    Raises ValueError on an unknown name, on seeds that cannot be, and on files in the folder that
+    are damaged or another's, before anything is run.
     """
     from ..tools.plots import plot_study  # here, so that what draws nothing needs no matplotlib
 
     if name not in STUDIES:
         raise ValueError(f"study is {name!r}, allowed: {', '.join(STUDIES)}")
     seeds = list(range(5)) if seeds is None else list(seeds)
+    require_seeds(seeds)
     asked = STUDIES[name]
     cells = asked.cells(seeds, quick)
-    results = run(cells, asked.measure, out, jobs, lambda label, n: done(label, n, len(cells)))
-    result = report(name, asked, seeds, quick, cells, results)
-    write_atomic(out / f"{name}.json", (json.dumps(to_json(result), indent=1) + "\n").encode())
+    others = {other: stored(out, other) for other in STUDIES if other != name}
+    results = run(cells, asked.measure, out, jobs, lambda label, n: done(label, n, len(cells)), say)
+    try:
+        result = report(name, asked, seeds, quick, cells, results)
+    except (KeyError, IndexError, TypeError, ValueError) as error:  # of what files held
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{out / 'cells'}: not what this study measures ({reason})") from error
+    write_json(out / f"{name}.json", "study", to_json(result))
     plot_study(result, out / f"{name}.png")
-    there = [path for path in (out / f"{other}.json" for other in STUDIES) if path.exists()]
-    entries = [json.loads(path.read_text(encoding="utf-8")) for path in there]
-    page = findings([StudyResult.from_json(entry) for entry in entries])
+    every = [result if other == name else others[other] for other in STUDIES]
+    page = findings([one for one in every if one is not None])
     write_atomic(out / "findings.md", page.encode())
+    return result
+
+
+def stored(folder: Path, name: str) -> StudyResult | None:
+    """What folder/NAME.json holds, if it is there. Raises ValueError, naming the file, on one that
+    is damaged or another's."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    result = StudyResult.read(path)
+    if result.study != name:
+        raise ValueError(f"{path}: holds the study {result.study}; minimoe study {name} writes it")
     return result

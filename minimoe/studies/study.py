@@ -4,7 +4,8 @@ write.
 A study is a list of cells, and functions that read what the cells measured. A cell is one seed of
 one row of the table: a dictionary that says all of what is run, and so names its file,
 cells/<hash>.json. A cell that has its file is not run again, so a study that was killed goes on
-where it was.
+where it was. Unless the file is of other code or another torch: then its number would be of today's
+code only by luck, and the cell is run again.
 
 Cells run through joblib, in processes here, or wherever its backend takes them:
 
@@ -28,8 +29,20 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
-from ..tools.files import write_atomic
-from ..tools.results import ClaimResult, Panel, Sample, Spread, StudyResult, to_json, with_nan
+from ..tools.files import write_json
+from ..tools.fingerprint import fingerprint
+from ..tools.results import (
+    EXACT,
+    ClaimResult,
+    Panel,
+    Sample,
+    Spread,
+    StudyResult,
+    parse,
+    read,
+    to_json,
+    with_nan,
+)
 
 Cell = dict[str, Any]  # {"study", "row": a label, "seed", and what its study's `measure` reads}
 Values = list[float]  # one per seed
@@ -137,49 +150,76 @@ def file_of(cell: Cell, folder: Path) -> Path:
     return folder / "cells" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a cell's file holds: the cell, what it measured, and by which code and torch."""
+
+    cell: Cell
+    code: str
+    torch: str
+    measured: dict[str, Any]
+    __pydantic_config__ = EXACT
+
+
 def run(
     cells: Sequence[Cell],
     measure: Callable[[Cell], dict[str, Any]],
     folder: Path,
     jobs: int | None = None,
     done: Callable[[str, int], None] = lambda label, cells: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """measure(cell) of every cell, in order, each with its "seconds".
 
-    Cells whose file is in folder/cells are read. All others run, `jobs` at a time (joblib's
-    n_jobs), and are written there as they finish. `done` is called with a label, and how many
-    cells are newly finished.
+    Cells whose file is in folder/cells, by this code and torch, are read. All others run, `jobs` at
+    a time (joblib's n_jobs), and are written there as they finish. `done` is called with a label,
+    and how many cells are newly finished; `say` with a line on cells that are run again.
 
-    Raises ValueError on a file there that is not that cell's.
+    Raises ValueError on a file there that is damaged or is not that cell's, and if the code was
+    edited meanwhile.
     """
+    made = {"code": fingerprint(), "torch": torch.__version__}
+    todo, others = [], set()
+    for cell in cells:
+        kept = _read(cell, folder) if file_of(cell, folder).exists() else None
+        there = {key: getattr(kept, key) for key in made} if kept else {}
+        if there != made:
+            todo.append(cell)
+        others |= {(key, there[key]) for key in there if there[key] != made[key]}
+    for key, other in sorted(others):
+        say(f"cells of {key} {other} are run again: here it is {made[key]}")
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    todo = [cell for cell in cells if not file_of(cell, folder).exists()]
     done("", len(cells) - len(todo))
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
-    for cell, result in parallel(joblib.delayed(_timed)(measure, cell) for cell in todo):
-        text = json.dumps({"cell": cell, "found": to_json(result)}) + "\n"
-        write_atomic(file_of(cell, folder), text.encode())
+    for cell, code, result in parallel(joblib.delayed(_timed)(measure, cell) for cell in todo):
+        if code != made["code"]:
+            raise ValueError(f"the code was edited while it ran: {code}, {made['code']} before")
+        entry = {"cell": cell, **made, "measured": to_json(result)}
+        write_json(file_of(cell, folder), "cell", entry)
         done(f"{cell['row']}, seed {cell['seed']}", 1)
-    return [_read(file_of(cell, folder), cell) for cell in cells]
+    return [_read(cell, folder).measured for cell in cells]
 
 
-def _timed(measure: Callable[[Cell], dict[str, Any]], cell: Cell) -> tuple[Cell, dict[str, Any]]:
+def _timed(
+    measure: Callable[[Cell], dict[str, Any]], cell: Cell
+) -> tuple[Cell, str, dict[str, Any]]:
+    """What a cell measured, on one thread, and by which code: perhaps in another process."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    result = measure(cell)
-    return cell, {"seconds": time.perf_counter() - start, **result}
-
-
-def _read(path: Path, cell: Cell) -> dict[str, Any]:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        same = kept["cell"] == cell
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise ValueError(f"{path}: not the result of its cell; delete it to run the cell again")
-    result: dict[str, Any] = with_nan(kept["found"])
-    return result
+        result = measure(cell)
+    finally:
+        torch.set_num_threads(threads)
+    return cell, fingerprint(), {"seconds": time.perf_counter() - start, **result}
+
+
+def _read(cell: Cell, folder: Path) -> Kept:
+    path, mend = file_of(cell, folder), "delete it to run its cell again"
+    kept = read(path, "cell", lambda entry: parse(Kept, entry), mend)
+    if kept.cell != json.loads(json.dumps(cell)):
+        raise ValueError(f"{path}: the result of another cell; {mend}")
+    return Kept(cell, kept.code, kept.torch, with_nan(kept.measured))
 
 
 def report(
@@ -199,6 +239,7 @@ def report(
         seeds=list(seeds),
         quick=quick,
         torch=torch.__version__,
+        code=fingerprint(),
         core_minutes=sum(result["seconds"] for result in results) / 60,
         columns=study.columns,
         rows={

@@ -1,13 +1,27 @@
-"""What `compare` and `study` find, as types; each writes and reads its own JSON.
+"""What `compare` and `study` find, as types, and how they are read from JSON.
 
 Numbers that say nothing are nan in Python, and null in JSON, which has no nan.
 """
 
+import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+
+from .files import read_json
+
+if TYPE_CHECKING:
+    Number = float
+else:  # in JSON a number or null
+    Number = Annotated[float | None, AfterValidator(lambda n: math.nan if n is None else n)]
+Result = TypeVar("Result")
+EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+MEND = "the command that wrote it writes it anew"
 
 
 @dataclass(frozen=True)
@@ -16,12 +30,14 @@ class Spread:
 
     mean: float | None
     std: float | None
+    __pydantic_config__ = EXACT
 
     @classmethod
     def of(cls, values: Iterable[float], **more: Any) -> Self:
-        """Of one value per seed. One nan makes all of it None; one seed has no deviation."""
+        """Of one value per seed. One nan, or an infinite one, makes all of it None; one seed has no
+        deviation."""
         values = list(values)
-        if any(map(math.isnan, values)):
+        if not all(map(math.isfinite, values)):
             return cls(None, None, **more)
         std = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), std, **more)
@@ -67,9 +83,10 @@ class SchemeResult:
     active: int
     seconds: Spread
     step: Spread
-    matrix: list[list[list[float]]]
+    matrix: list[list[list[Number]]]
     found: dict[str, list[Any]]
     reachable: Reachable | None = None
+    __pydantic_config__ = EXACT
 
     def __getitem__(self, measure: str) -> Spread:
         """A measure by its name."""
@@ -80,28 +97,49 @@ class SchemeResult:
 
 @dataclass(frozen=True)
 class CompareResult:
-    """What compare.json holds."""
+    """What compare.json holds. code: the fingerprint of the code that made it (fingerprint.py),
+    None where it is not known."""
 
     stream: str
     device: str
     torch: str
+    code: str | None
     seeds: list[int]
     settings: dict[str, Any]
     schemes: dict[str, SchemeResult]
+    __pydantic_config__ = EXACT
+
+    @classmethod
+    def read(cls, path: str | Path) -> "CompareResult":
+        """What a compare.json holds. Raises FileNotFoundError; ValueError on a damaged file."""
+        return read(path, "compare", cls.from_json)
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "CompareResult":
-        schemes = {}
-        for name, row in entry["schemes"].items():
-            known = {f.name: row[f.name] for f in fields(SchemeResult) if f.name in row}
-            for key, value in known.items():
-                if key == "reachable":
-                    known[key] = Reachable(**value)
-                elif isinstance(value, dict) and key != "found":
-                    known[key] = Spread(**value)
-            known |= {key: with_nan(known[key]) for key in ("matrix", "found")}
-            schemes[name] = SchemeResult(**known)
-        return cls(**{**entry, "schemes": schemes})
+        """Raises ValueError, naming the place, if the entry is not what `to_json` gave."""
+        result = parse(cls, entry)
+        J = result.settings.get("tasks")
+        if type(J) is not int or J < 1 or not result.seeds or not result.schemes:
+            raise ValueError("no tasks, seeds or schemes")
+        for name, scheme in result.schemes.items():
+            scheme.found.update({key: with_nan(array) for key, array in scheme.found.items()})
+            _require_shape(f"{name}'s matrix", scheme.matrix, (len(result.seeds), J + 1, J))
+            for key, array in scheme.found.items():
+                ends = {"mass": (J, J), "alike": ()}.get(key, (J,))
+                _require_shape(f"{name}'s {key}", array, (J + 1, *ends))
+        return result
+
+
+def _require_shape(what: str, array: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless nested lists of numbers have this shape."""
+    if not shape:
+        if not isinstance(array, float | int):
+            raise ValueError(f"{what} holds {array!r}, allowed: numbers")
+    elif not isinstance(array, list) or len(array) != shape[0]:
+        raise ValueError(f"{what} has not the shape that seeds and tasks say")
+    else:
+        for part in array:
+            _require_shape(what, part, shape[1:])
 
 
 @dataclass(frozen=True)
@@ -109,8 +147,9 @@ class Line:
     """One line of a panel: means over seeds, and standard deviations, at each of the panel's x."""
 
     label: str
-    mean: list[float]
-    std: list[float]
+    mean: list[Number]
+    std: list[Number]
+    __pydantic_config__ = EXACT
 
 
 @dataclass(frozen=True)
@@ -128,6 +167,7 @@ class Panel:
     log: bool | None = None
     names: list[str] | None = None
     kinds: list[str] | None = None
+    __pydantic_config__ = EXACT
 
 
 @dataclass(frozen=True)
@@ -138,11 +178,13 @@ class ClaimResult:
     claim: str
     verdict: str
     numbers: list[str]
+    __pydantic_config__ = EXACT
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What NAME.json of a study holds. columns: measures of the table, and their heads."""
+    """What NAME.json of a study holds. columns: measures of the table, and their heads. code: as
+    CompareResult's."""
 
     study: str
     asks: str
@@ -150,29 +192,68 @@ class StudyResult:
     seeds: list[int]
     quick: bool
     torch: str
+    code: str | None
     core_minutes: float
     columns: dict[str, str]
     rows: dict[str, dict[str, Sample]]
     panels: list[Panel]
     finding: str
     claims: list[ClaimResult] = field(default_factory=list)
+    __pydantic_config__ = EXACT
+
+    @classmethod
+    def read(cls, path: str | Path) -> "StudyResult":
+        """What a study's JSON holds. Raises FileNotFoundError; ValueError on a damaged file."""
+        return read(path, "study", cls.from_json)
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "StudyResult":
-        rows = {
-            label: {measure: Sample(**value) for measure, value in row.items()}
-            for label, row in entry["rows"].items()
-        }
-        panels = [
-            Panel(**{**panel, "lines": [Line(**with_nan(line)) for line in panel["lines"]]})
-            for panel in entry["panels"]
-        ]
-        claims = [ClaimResult(**claim) for claim in entry["claims"]]
-        return cls(**{**entry, "rows": rows, "panels": panels, "claims": claims})
+        """Raises ValueError, naming the place, if the entry is not what `to_json` gave."""
+        result = parse(cls, entry)
+        if not result.rows or not result.panels:
+            raise ValueError("no rows or panels")
+        for label, row in result.rows.items():
+            if missing := result.columns.keys() - row.keys():
+                raise ValueError(f"{label} lacks {min(missing)}")
+        for panel in result.panels:
+            along = panel.names if panel.x is None else panel.x
+            if along is None or (panel.names and len(panel.kinds or []) != len(panel.names)):
+                raise ValueError(f"the panel {panel.title} has nothing along it")
+            if panel.names and len(panel.lines) != len(along):
+                raise ValueError(f"the panel {panel.title} has not a line for each name")
+            for line in panel.lines:
+                wanted = 1 if panel.names else len(along)
+                if not len(line.mean) == len(line.std) == wanted:
+                    raise ValueError(f"{panel.title}, {line.label}: not {wanted} numbers")
+        return result
+
+
+def parse(kind: type[Result], entry: Any) -> Result:
+    """What `to_json` made of one of these types. Raises ValueError, naming the place, if a field is
+    missing, unknown or of another type."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(entry))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ValueError(f"{place}: {first['msg']}") from None
+
+
+def read(
+    path: str | Path, kind: str, parsed: Callable[[dict[str, Any]], Result], mend: str = MEND
+) -> Result:
+    """What a file of `files.write_json` holds, as `parsed` makes it of the content. Raises
+    FileNotFoundError; ValueError, in a line with the file and the mend."""
+    _, entry = read_json(path, kind, mend=mend)
+    try:
+        return parsed(entry)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {mend}") from None
 
 
 def to_json(entry: Any) -> Any:
-    """A result as dictionaries, lists and numbers: nan as None, and no field that is not there."""
+    """A result as dictionaries, lists and numbers: nan (and what is infinite) as None, and no field
+    that is not there."""
     if is_dataclass(entry) and not isinstance(entry, type):
         held = {f.name: (getattr(entry, f.name), f.default) for f in fields(entry)}
         optional = {name for name, (value, default) in held.items() if value == default}
@@ -181,7 +262,7 @@ def to_json(entry: Any) -> Any:
         return {key: to_json(value) for key, value in entry.items()}
     if isinstance(entry, list | tuple):
         return [to_json(value) for value in entry]
-    return None if entry != entry else entry
+    return None if isinstance(entry, float) and not math.isfinite(entry) else entry
 
 
 def with_nan(entry: Any) -> Any:

@@ -1,6 +1,11 @@
-"""Results as text: tables for a terminal, and pages in Markdown."""
+"""Results as text: tables for a terminal or a paper, and pages in Markdown."""
 
-from collections.abc import Sequence
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from .results import CompareResult, Reachable, Spread, StudyResult
 
@@ -43,13 +48,36 @@ def cell(spread: Spread) -> str:
     return short(spread.mean) + ("" if spread.std is None else f"±{short(spread.std)}")
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Names to the left, cells to the right, a rule below the head."""
+def aligned(
+    rows: Sequence[Sequence[str]],
+    width: int | None = None,
+    repeated: int = 1,
+    align: tuple[Callable[[str, int], str], ...] = (str.ljust, str.rjust),
+) -> list[str]:
+    """Names to the left, cells to the right, or as `align` says of the first column and of the
+    others; a rule below the head.
+
+    What is wider than `width` goes on in a further table below, which repeats the first columns.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+    names, blocks = list(range(repeated)), [list(range(repeated))]
+    for column in range(repeated, len(widths)):
+        wide = sum(widths[c] + 2 for c in [*blocks[-1], column]) - 2
+        if width is not None and wide > width and len(blocks[-1]) > repeated:
+            blocks.append([*names])
+        blocks[-1].append(column)
+    lines = []
+    for columns in blocks:
+        block = [
+            "  ".join(align[c > 0](row[c], widths[c]) for c in columns).rstrip() for row in rows
+        ]
+        lines += ["", block[0], "-" * max(map(len, block)), *block[1:]]
+    return lines[1:]
+
+
+def filled(text: str, width: int | None) -> str:
+    """A paragraph, broken anew where lines are to be short."""
+    return text if width is None else textwrap.fill(" ".join(text.split()), min(width, 100))
 
 
 # compare
@@ -62,7 +90,7 @@ def title(result: CompareResult) -> str:
     return f"{result.stream}, {tasks} task{'s'[: tasks > 1]}, seed{'s'[: ',' in seeds]} {seeds}"
 
 
-def table(result: CompareResult) -> str:
+def table(result: CompareResult, width: int | None = None) -> str:
     """A comparison as text for a terminal, means ± sample standard deviations over seeds."""
     planted = any(scheme.reachable for scheme in result.schemes.values())
     head = ["", *["reachable"] * planted, *COLUMNS.values()]
@@ -78,9 +106,10 @@ def table(result: CompareResult) -> str:
         cells = [cell(scheme[problem]) for problem in PROBLEMS]
         if set(cells) != {"–"}:
             problems.append([name, *cells])
-    lines = [title(result), "", *aligned(rows), "", LEGEND, *[PLANTED_LEGEND] * planted]
+    legends = [filled(text, width) for text in (LEGEND, *[PLANTED_LEGEND] * planted)]
+    lines = [filled(title(result), width), "", *aligned(rows, width), "", *legends]
     if len(problems) > 1:
-        lines += ["", *aligned(problems), "", PROBLEMS_LEGEND]
+        lines += ["", *aligned(problems, width), "", filled(PROBLEMS_LEGEND, width)]
     return "\n".join(lines)
 
 
@@ -121,14 +150,15 @@ is told from 0 by chance. Tables give means ± standard deviations over seeds.
 """
 
 
-def study_table(result: StudyResult) -> str:
+def study_table(result: StudyResult, width: int | None = None) -> str:
     """A study as text for a terminal, means ± sample standard deviations over seeds."""
     lines = [["", *result.columns.values()]]
     for label, row in result.rows.items():
         lines.append([label, *(_number(row[measure]) for measure in result.columns)])
     seeds = ", ".join(map(str, result.seeds))
     head = f"{result.study}: {result.asks} Seeds {seeds}."
-    return "\n".join([head, "", *aligned(lines), "", result.finding])
+    parts = [filled(head, width), "", *aligned(lines, width), "", filled(result.finding, width)]
+    return "\n".join(parts)
 
 
 def _number(value: Spread) -> str:
@@ -156,6 +186,97 @@ def findings(results: Sequence[StudyResult]) -> str:
             f"![{result.asks}]({name}.png)\n",
             f"```text\n{study_table(result)}\n```\n",
             f"`{result.command}`: {result.core_minutes:.1f} minutes of one core.{quick} "
+            f"Made by {_code(result.code)} with torch {result.torch}. "
             f"All numbers: [{name}.json]({name}.json).",
         ]
     return "\n".join(page) + "\n"
+
+
+def _code(fingerprint: str | None) -> str:
+    return f"code {fingerprint}" if fingerprint else "code that had no fingerprint yet"
+
+
+# any result, for a paper or a spreadsheet
+
+FORMATS = ("text", "csv", "latex", "markdown")
+
+
+def grid(kind: str, result: Any) -> tuple[list[str], list[list[Any]]]:
+    """Head and rows of a result of `compare`, `study` or `bench`: names, numbers and spreads."""
+    if kind == "compare":
+        measures = [*COLUMNS, *PROBLEMS]
+        counts = ["trainable", "stored", "active"]
+        reach = ["reachable"] * any(s.reachable for s in result.schemes.values())
+        keys = [*reach, *measures, *counts, "seconds", "step"]
+        rows = [[name, *(getattr(s, k) for k in keys)] for name, s in result.schemes.items()]
+        return ["scheme", *keys], rows
+    if kind == "study":
+        rows = [[label, *(row[m] for m in result.columns)] for label, row in result.rows.items()]
+        return ["row", *result.columns.values()], rows
+    keys = ["part", "pass", "name", "R", "routing"]
+    timed = [
+        [*(row[key] for key in keys), _timing(row["ms"]), _timing(row["ratio"])]
+        for row in result["rows"]
+    ]
+    return [*keys, "ms", "ratio"], timed
+
+
+def _timing(median: Mapping[str, float]) -> Spread:
+    return Spread(median["median"], median["iqr"] / 2)
+
+
+def formatted(kind: str, result: Any, form: str) -> str:
+    """`grid` as CSV (numbers whole, a spread in two columns), a LaTeX tabular (booktabs) or a table
+    in Markdown."""
+    head, rows = grid(kind, result)
+    if form == "csv":
+        spreads = {i for row in rows for i, entry in enumerate(row) if isinstance(entry, Spread)}
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for row in [head, *rows]:
+            line: list[Any] = []
+            for i, entry in enumerate(row):
+                if i not in spreads:
+                    line.append(entry)
+                elif entry is None:
+                    line += [None, None]
+                elif isinstance(entry, Spread):
+                    line += [entry.mean, entry.std]
+                else:
+                    line += [entry, f"{entry} std"]
+            writer.writerow(line)
+        return text.getvalue().rstrip("\n")
+    cells = [[_shown(entry) for entry in row] for row in rows]
+    if form == "markdown":
+        lines = [[part.replace("|", "\\|") for part in row] for row in [head, *cells]]
+        lines.insert(1, ["---", *["---:"] * (len(head) - 1)])
+        return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    lines = [[_latex(part) for part in row] for row in [head, *cells]]
+    body = [" & ".join(row) + r" \\" for row in lines]
+    start = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}"
+    return "\n".join(
+        [start, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]
+    )
+
+
+def _shown(entry: Any) -> str:
+    if entry is None:
+        return "–"
+    if isinstance(entry, Reachable):
+        return _reachable(entry)
+    if isinstance(entry, Spread):
+        return _number(entry)
+    return f"{entry:,}" if isinstance(entry, int) else str(entry)
+
+
+_TEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "–": "--"}
+)
+_TEX_NUMBER = str.maketrans({"±": r" \pm ", "≥": r"\geq ", ",": "{,}"})
+
+
+def _latex(text: str) -> str:
+    if re.fullmatch(r"[-≥ ±.,\d]+", text):
+        return f"${text.translate(_TEX_NUMBER)}$"
+    return text.translate(_TEX)

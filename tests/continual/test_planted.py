@@ -128,7 +128,7 @@ def test_compare_prints_the_reachable_beside_the_learned(tmp_path, capsys):
         if scheme["reachable"]["limit"]:
             assert scheme["acc"]["mean"] <= scheme["reachable"]["mean"] + 1e-6
     printed = capsys.readouterr().out
-    assert "reachable" in printed.splitlines()[3] and "share of the answer explained" in printed
+    assert "reachable" in printed.splitlines()[2] and "share of the answer explained" in printed
     assert (out / "compare.png").stat().st_size and (out / "gates.png").stat().st_size
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import joblib
 import pytest
@@ -18,12 +19,14 @@ from minimoe.compare import compare
 from minimoe.continual.learn import Backbone
 from minimoe.continual.streams import STREAMS
 from minimoe.roster import ROSTER
-from minimoe.studies import STUDIES, atlas, growth, routing, run_study, silence
+from minimoe.studies import STUDIES, atlas, growth, routing, run_study, silence, study
 from minimoe.studies.common import carried, mean
 from minimoe.studies.knobs import CLASSES, AbsoluteMoRA
 from minimoe.studies.study import Claim, Comparison, Rows, command, file_of, report, run
+from minimoe.tools.files import read_json, write_json
 from minimoe.tools.tables import findings
 
+FINDINGS = Path(__file__).parent.parent.parent / "tutorials" / "findings"
 TINY = {"study": "tiny", "row": "a", "seed": 0, "epochs": 1, "stream": "repeat", "tasks": 3}
 MORA = {"scheme": "mora", "grows": True, "settings": {"rank": 4, "top_k": 4, "tau": 0.1}}
 
@@ -88,13 +91,99 @@ def test_what_was_finished_before_a_failure_is_kept(tmp_path):
     assert file_of(cells[0], tmp_path).exists() and not file_of(cells[1], tmp_path).exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"cell": {"seed": 1}, "found": {}}'])
-def test_a_file_that_is_not_its_cells_is_named(text, tmp_path):
-    (cell,) = marked(tmp_path, [0])
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", "truncated, or no JSON"),
+        ("{", "truncated, or no JSON"),
+        ("[]", "not written by minimoe"),
+        ('{"cell": {"seed": 1}, "found": {}}', "not written by minimoe"),
+        (None, "changed since it was written"),
+        ({"kind": "run"}, "holds 'run', allowed here: cell"),
+        ({"version": 0}, "of format 0, this minimoe reads 1"),
+    ],
+)
+def test_a_damaged_file_of_a_cell_is_named(text, wrong, tmp_path):
+    (cell,) = marked(tmp_path, [2])
     run([cell], measured, tmp_path)
-    file_of(cell, tmp_path).write_text(text)
-    with pytest.raises(ValueError, match=f"{file_of(cell, tmp_path).name}: not the result"):
+    path = file_of(cell, tmp_path)
+    if text is None:  # a digit
+        text = path.read_text().replace('"twice": 4', '"twice": 5')
+    elif isinstance(text, dict):
+        entry = json.loads(path.read_text())
+        text = json.dumps(entry | {"minimoe": entry["minimoe"] | text})
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path.name}: {wrong}.*; delete it to run its cell"):
         run([cell], measured, tmp_path)
+
+
+def test_a_file_of_another_cell_or_of_odd_parts_is_named(tmp_path):
+    cells = marked(tmp_path, [0, 1])
+    run(cells, measured, tmp_path)
+    first, second = (file_of(cell, tmp_path) for cell in cells)
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())  # swapped
+    with pytest.raises(ValueError, match=f"{first.name}: the result of another cell"):
+        run(cells, measured, tmp_path)
+    first.write_bytes(kept)
+    _, entry = read_json(first, "cell", mend="")
+    for odd in ({"measured": [1]}, {"code": None}, {"cell": "a"}, {"more": 1}):
+        write_json(first, "cell", entry | odd)
+        with pytest.raises(ValueError, match=f"{first.name}: {next(iter(odd))}: "):
+            run(cells, measured, tmp_path)
+
+
+def test_cells_of_other_code_or_torch_are_run_again_and_named(tmp_path):
+    cells, lines = marked(tmp_path, [0, 1]), []
+    run(cells, measured, tmp_path, say=lines.append)
+    assert not lines
+    path = file_of(cells[1], tmp_path)
+    _, entry = read_json(path, "cell", mend="")
+    for key, there in (("code", "0123456789ab"), ("torch", "2.0.0")):
+        write_json(path, "cell", entry | {key: there, "measured": {"seconds": 1.0, "twice": 99}})
+        found = run(cells, measured, tmp_path, say=lines.append)
+        assert [cell["twice"] for cell in found] == [0, 2]
+        assert lines.pop() == f"cells of {key} {there} are run again: here it is {entry[key]}"
+    assert (tmp_path / "marks").read_text().split() == ["0", "1", "1", "1"]
+
+
+def test_a_study_leaves_torchs_threads_alone(tmp_path):
+    torch.set_num_threads(2)
+    try:
+        run(marked(tmp_path, [0]), measured, tmp_path, jobs=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_code_that_is_edited_while_a_study_runs_is_no_result(tmp_path, monkeypatch):
+    asked = iter(["before", "after"])
+    monkeypatch.setattr(study, "fingerprint", lambda: next(asked))
+    (cell,) = marked(tmp_path, [0])
+    with pytest.raises(ValueError, match="the code was edited while it ran: after, before"):
+        run([cell], measured, tmp_path)
+    assert not file_of(cell, tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (b"{}", "atlas.json: not written by minimoe"),
+        (b"\xff", "atlas.json: truncated, or no JSON"),
+        ("growth", "atlas.json: holds the study growth; minimoe study atlas writes it"),
+    ],
+)
+def test_a_damaged_page_of_another_study_is_named_before_anything_runs(odd, message, tmp_path):
+    path = tmp_path / "atlas.json"
+    if odd == "growth":
+        odd = (FINDINGS / "growth.json").read_bytes()
+    path.write_bytes(odd)
+    with pytest.raises(ValueError, match=message):
+        run_study("grain", tmp_path, quick=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["atlas.json"]
+    with pytest.raises(ValueError, match="seeds is -1, allowed: 0 to 4294967295"):
+        run_study("grain", tmp_path / "none", [0, -1])
+    assert not (tmp_path / "none").exists()
 
 
 def test_any_change_to_a_cell_is_another_cell(tmp_path):
@@ -154,9 +243,10 @@ def test_a_killed_study_repeats_no_finished_cell(tmp_path):
     assert len(list(cells.glob("*.json"))) == 8
     results = [json.loads((tmp_path / folder / "grain.json").read_text()) for folder in "ab"]
     for result in results:
-        del result["core_minutes"]
+        del result["core_minutes"], result["minimoe"]
     assert results[0] == results[1]
     page = (tmp_path / "a" / "findings.md").read_text()
+    assert f"Made by code {results[0]['code']} with torch {torch.__version__}" in page
     assert results[0]["finding"] in page and results[0]["command"] in page
     assert (tmp_path / "a" / "grain.png").stat().st_size > 20_000
 

@@ -1,0 +1,124 @@
+"""The console that a command runs in: how wide it is, what it can show, and how it is stopped."""
+
+import codecs
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+# what stands in for a character that the console's encoding does not have, in the same width
+ALIKE = str.maketrans("±–≥≤‖Σ·÷×στδθ→", "~-><|S.:xstdt>")
+STOPS = (signal.SIGINT, signal.SIGTERM)
+_stopped: list[int] = []  # signals that came
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def width() -> int | None:
+    """Columns of the terminal; None where the output goes elsewhere, and may be of any width."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return max(shutil.get_terminal_size().columns, 40)
+
+
+def degrade() -> None:
+    """Have what the console's encoding cannot hold shown as something like it."""
+    codecs.register_error("minimoe.alike", _alike)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="minimoe.alike")
+
+
+def _alike(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    shown = ""
+    for character in error.object[error.start : error.end]:
+        plain = unicodedata.normalize("NFKD", character.translate(ALIKE))[0]
+        shown += plain if plain.isascii() else "?"
+    return shown, error.end
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM Stopped, unless they are ignored."""
+    before: dict[int, Any] = {}
+    _stopped.clear()
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+
+
+def ignore_stops() -> None:
+    """From now on in `stoppable`: one more signal changes nothing."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _stop(number: int, frame: Any) -> None:
+    _stopped.append(number)
+    raise_if_stopped()
+
+
+def raise_if_stopped() -> None:
+    """Raise again, if somebody else's code has swallowed what a signal raised."""
+    if _stopped:
+        raise Stopped if _stopped[-1] == signal.SIGTERM else KeyboardInterrupt
+
+
+class Progress:
+    """A bar on stderr, opened when something is first done, so that bad input gets its one line."""
+
+    def __init__(self, unit: str, first: str = "", hidden: bool = False):
+        self.unit, self.first, self.hidden = unit, first, hidden
+        self.bar: Any = None
+
+    def __call__(self, label: str, n: int, total: int) -> None:
+        """n more of total are done; label says what is done now."""
+        from tqdm import tqdm
+
+        raise_if_stopped()
+        if self.hidden or sys.stderr is None:
+            return
+        if self.bar is None:
+            if self.first:
+                print(self.first, file=sys.stderr, flush=True)
+            often = 0.1 if sys.stderr.isatty() else 30  # seconds: a log is not a screen
+            self.bar = tqdm(unit=self.unit, leave=False, mininterval=often, file=sys.stderr)
+        self.bar.total = total
+        self.bar.set_description(label, refresh=False)
+        self.bar.update(n)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def say(line: str) -> None:
+    """A line on stderr, where nothing is read by programs."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def discard_output() -> None:
+    """Send what is still to be printed nowhere: nobody reads it, or it cannot be written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
