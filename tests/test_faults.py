@@ -13,7 +13,7 @@ import faults
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("part", "count"), [(faults.kills, 30), (faults.corruptions, 60), (faults.errors, 24)]
+    ("part", "count"), [(faults.kills, 30), (faults.corruptions, 60), (faults.errors, 12)]
 )
 def test_nothing_is_lost_and_no_number_changes(part, count, tmp_path):
     assert part(count, tmp_path) == []
