@@ -140,13 +140,12 @@ def main(arguments: list[str] | None = None) -> int:
             return fail(str(error), 2)
         except KeyboardInterrupt as stop:
             console.ignore_stops()
-            word, status = ("terminated", 143) if isinstance(stop, console.Stopped) else INTERRUPTED
-            return fail(f"{word}{STOPPED.get(next(iter(arguments), ''), '')}", status)
+            go_on = STOPPED.get(next(iter(arguments), ""), "")
+            if isinstance(stop, console.Stopped):
+                return fail(f"terminated{go_on}", 143)
+            return fail(f"interrupted{go_on}", 130)
         finally:
             parallel.stop()
-
-
-INTERRUPTED = ("interrupted", 130)
 
 
 def run(arguments: list[str]) -> int:
@@ -204,14 +203,13 @@ def run_compare(args: argparse.Namespace) -> int:
     # These matrices are too small to share between threads: one thread is faster, and gives
     # the same bits whatever the number of cores.
     torch.set_num_threads(1)
-    asked = {name: getattr(args, name) for name in ("rank", "top_k", "tau", "delta")}
-    given: dict[str, Any] = {
-        "changes": {name: value for name, value in asked.items() if value is not None}
+    asked = {name: value for name, value in vars(args).items() if value is not None}
+    own = [field.name for field in dataclasses.fields(Options)]
+    given = {name: asked[name] for name in own if name in asked}
+    given["changes"] = {
+        name: asked[name] for name in ("rank", "top_k", "tau", "delta") if name in asked
     }
-    for name in ("stream", "schemes", "seeds", "tasks", "epochs", "device"):
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
-    given["schemes"] = [canonical(name) for name in given.get("schemes", [])]
+    given["schemes"] = [canonical(name) for name in asked.get("schemes", [])]
     if args.resume and args.out is None:
         args.out = latest("compare")
     options = Options.of(args.out).extended(given) if args.resume else fresh(given)

@@ -1,4 +1,5 @@
-"""Kill, corrupt and starve: python tests/faults.py --kills 1000 --corruptions 500 --errors 200
+"""Kill, corrupt, starve and mistype: python tests/faults.py --kills 1000 --corruptions 500
+--errors 200 --mistakes 300
 
 Kills: compare, study, bench and check are killed at random moments, half of them at a random call
 to the file system, and gone on with until they finish. Nothing that was finished may be lost, and
@@ -10,6 +11,8 @@ is a forgery, whose numbers nobody can know; it must fit or be one line.
 
 Errors: every write fails once, the disk being full or broken. The command must say so in one line,
 and go on to the same numbers when there is room again.
+
+Mistakes: commands with one wrong word or more get one line and status 2, and leave nothing.
 
 Needs os.fork. The tests run a few dozen of each (test_faults.py).
 """
@@ -425,15 +428,163 @@ def errors(count, at, seed=0, say=print):
     return wrong
 
 
+WRONG = {  # what no command takes, by option; the words "" come without an option
+    "compare": {
+        "--stream": ["", "digits", "permuted", "planted,repeat"],
+        "--schemes": [
+            "",
+            "moar",
+            ":",
+            "a:",
+            "gone.py:Mine",
+            "file:Mine",
+            "own.py:",
+            "own.py:Gone",
+            "own.py:Plain",
+            "own.py:Raises",
+            "own.py:Leaves",
+            "lora,mora",
+            "all nope",
+        ],
+        "--seeds": ["", "-1", "1.5", "x", "1e3", "4294967296", "0 -7", "1 99999999999999999999"],
+        "--tasks": ["", "0", "-3", "x", "1001", "9" * 30, "2.5"],
+        "--epochs": ["", "0", "-1", "x", "1.5"],
+        "--rank": ["", "0", "-1", "65", "x", "9" * 30],
+        "--top-k": ["", "0", "-1", "x"],
+        "--tau": ["", "0", "-1", "nan", "x", "-inf"],
+        "--delta": ["", "nan", "x"],
+        "--device": ["", "gpu", "cuda:99", "cpu:1", "meta", ":", "cpu:-1"],
+        "--out": ["file", "file/run"],
+        "--resume": [""],
+        "--wat": [""],
+        "": ["odd"],
+    },
+    "study": {
+        "--seeds": ["", "-1", "x", "4294967296", "0 -1"],
+        "--jobs": ["", "0", "-1", "x"],
+        "--out": ["file", "file/run"],
+        "": ["odd", "all all", "", "grain.json"],
+        "--resume": [""],
+    },
+    "check": {
+        "": [
+            "",
+            "moar",
+            "joint",
+            "a:",
+            ":",
+            "gone.py:Mine",
+            "file:Mine",
+            "own.py:Gone",
+            "own.py:Plain",
+            "own.py:Raises",
+            "own.py:Leaves",
+            "mora moar",
+            "all",
+        ],
+        "--out": ["run"],
+    },
+    "new-scheme": {
+        "": [
+            "",
+            "my-gate",
+            "../gate",
+            "lambda",
+            "none",
+            "true",
+            "_",
+            "__init__",
+            "torch",
+            "json",
+            "minimoe",
+            "Gate",
+            "gate",
+            "adapter",
+            "file",
+            "own",
+            "a b",
+            "é",
+            "1a",
+            "x.py",
+        ],
+    },
+    "bench": {
+        "--device": ["gpu", "cuda:99", "cpu:1", "meta", ""],
+        "--dtype": ["int8", "", "float"],
+        "--tokens": ["0", "-1", "x", "1.5"],
+        "--width": ["0", "15", "-1", "x"],
+        "--top-k": ["0", "-1", "x"],
+        "--ranks": ["0", "15", "-64", "x", "64 3"],
+        "--routing": ["hot", "", "random hot"],
+        "--repeats": ["0", "-1", "x"],
+        "--threads": ["0", "-2", "x"],
+        "--out": ["file", "file/run"],
+    },
+    "list": {"": ["lora"], "--json": [""]},
+    "plot": {"": ["", "gone.json", "file", "own.py", "."], "--format": ["png"]},
+    "table": {"": ["", "gone.json", "file", "own.py", "."], "--format": ["pdf", ""]},
+    "compare_": {"": ["", "x"]},
+    "": {"": ["odd", "--wat", "-1"]},
+}
+OWN = """
+import minimoe
+class Plain: pass
+class Raises(minimoe.Adapter):
+    def __init__(self, *args, **settings): raise RuntimeError("two\\nlines")
+class Leaves(minimoe.Adapter):
+    def __init__(self, *args, **settings): raise SystemExit
+"""
+
+
+def mistakes(count, at, seed=0, say=print):
+    """Mistype a command so many times. Returns what went wrong, a line each."""
+    draw, wrong, seen, back = random.Random(seed), [], Counter(), os.getcwd()
+    every = [
+        (c, option, value)
+        for c, options in WRONG.items()
+        for option, values in options.items()
+        for value in values
+    ]
+    draw.shuffle(every)
+    while len(every) < count:
+        every += draw.sample(every, min(len(every), count - len(every)))
+    for n, (command, option, value) in enumerate(every[:count]):
+        typed = [command] if command else []
+        more = [draw.choice(every) for _ in range(draw.randrange(3) if n % 2 else 0)]
+        for _, o, v in [(command, option, value), *(m for m in more if m[0] == command)]:
+            typed += ([o] if o else []) + (
+                v.split() if v else [""] if o not in ("--resume",) else []
+            )
+        if command == "study" and option:
+            typed.insert(1, "grain")
+        if command in ("check", "plot", "table") and option:
+            typed.insert(1, {"check": "lora"}.get(command, "file"))
+        folder = Path(at) / "mistakes"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "file").write_text("mine")
+        (folder / "own.py").write_text(OWN)
+        os.chdir(folder)
+        status, text, printed = quiet(typed)
+        os.chdir(back)
+        left = {p.name for p in folder.iterdir()} - {"file", "own.py"}
+        lines = text.splitlines()
+        seen[command] += 1
+        if status != 2 or len(lines) != 1 or not lines[0].startswith("minimoe") or left or printed:
+            wrong.append(f"{typed}: status {status}, left {left}: {text[-600:]}")
+    say(f"mistakes: {dict(seen)}; wrong: {len(wrong)}")
+    return wrong
+
+
 def run():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for part in ("kills", "corruptions", "errors"):
+    for part in ("kills", "corruptions", "errors", "mistakes"):
         parser.add_argument(f"--{part}", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     wrong = []
-    for part in (kills, corruptions, errors):
+    for part in (kills, corruptions, errors, mistakes):
         if count := getattr(args, part.__name__):
             with tempfile.TemporaryDirectory() as at:
                 wrong += part(count, at, args.seed)

@@ -1,4 +1,4 @@
-"""A few dozen kills, corruptions and disks that are full (faults.py runs more)."""
+"""A few dozen kills, corruptions and full disks, and 300 mistakes (faults.py runs more)."""
 
 import os
 
@@ -13,7 +13,8 @@ import faults
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("part", "count"), [(faults.kills, 30), (faults.corruptions, 60), (faults.errors, 12)]
+    ("part", "count"),
+    [(faults.kills, 30), (faults.corruptions, 60), (faults.errors, 12), (faults.mistakes, 300)],
 )
 def test_nothing_is_lost_and_no_number_changes(part, count, tmp_path):
     assert part(count, tmp_path) == []

@@ -79,7 +79,7 @@ def hold(law: Law, scheme: type[Adapter], /, **settings: Any) -> Row:
             held()
         except hypothesis.errors.Unsatisfiable:
             return Row(law.__name__, "broken", "no case at which it could be looked at")
-        except Exception as error:  # whatever a scheme raises is evidence
+        except (Exception, SystemExit) as error:  # whatever a scheme raises is evidence
             what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
             return Row(law.__name__, "broken", f"{' '.join(what.split())}; {last}", last)
     return Row(law.__name__, "held", f"{kept} cases")
@@ -98,7 +98,7 @@ def claimed(scheme: type[Adapter], settings: dict[str, Any]) -> Claims:
     try:
         with torch.random.fork_rng(devices=[]):
             claims = scheme(nn.Linear(size, size), **given).claims
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(
             f"{scheme.__name__}(nn.Linear({size}, {size}), {arguments}) raises "

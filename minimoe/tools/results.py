@@ -210,8 +210,8 @@ class StudyResult:
     def from_json(cls, entry: Mapping[str, Any]) -> "StudyResult":
         """Raises ValueError, naming the place, if the entry is not what `to_json` gave."""
         result = parse(cls, entry)
-        if not result.rows or not result.panels:
-            raise ValueError("no rows or panels")
+        if not result.study.isidentifier() or not result.rows or not result.panels:
+            raise ValueError("no study's name, rows or panels")
         for label, row in result.rows.items():
             if missing := result.columns.keys() - row.keys():
                 raise ValueError(f"{label} lacks {min(missing)}")
