@@ -500,7 +500,6 @@ WRONG = {  # what no command takes, by option; the words "" come without an opti
             "Gate",
             "gate",
             "adapter",
-            "file",
             "own",
             "a b",
             "é",
@@ -523,7 +522,6 @@ WRONG = {  # what no command takes, by option; the words "" come without an opti
     "list": {"": ["lora"], "--json": [""]},
     "plot": {"": ["", "gone.json", "file", "own.py", "."], "--format": ["png"]},
     "table": {"": ["", "gone.json", "file", "own.py", "."], "--format": ["pdf", ""]},
-    "compare_": {"": ["", "x"]},
     "": {"": ["odd", "--wat", "-1"]},
 }
 OWN = """
