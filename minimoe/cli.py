@@ -134,7 +134,6 @@ def main(arguments: list[str] | None = None) -> int:
         except FloatingPointError as error:
             return fail(str(error), 1)
         except BrokenPipeError:
-            console.discard_output()
             return 141
         except (ValueError, ModuleNotFoundError, OSError) as error:
             return fail(str(error), 2)
@@ -146,6 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
             return fail(f"interrupted{go_on}", 130)
         finally:
             parallel.stop()
+            with contextlib.suppress(OSError):
+                flush()
 
 
 def run(arguments: list[str]) -> int:
@@ -184,8 +185,6 @@ def flush() -> None:
 def fail(message: str, status: int) -> int:
     if parallel.process() == 0:
         console.say(f"minimoe: error: {' '.join(message.split())}")
-    with contextlib.suppress(OSError):
-        flush()
     return status
 
 

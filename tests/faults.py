@@ -39,10 +39,11 @@ from minimoe import MoRA
 from minimoe.adapt import adapt, load, save, state
 from minimoe.cli import main
 from minimoe.compare import RUN
-from minimoe.continual.learn import Backbone
+from minimoe.continual.learn import PRETRAIN, Backbone
 from minimoe.tools import plots  # noqa: F401  (before the forks, which then have it)
 from minimoe.tools.files import DRAFT, VERSION, read_json, read_tensors, write_json
 
+PRETRAIN["epochs"] = 1  # files are what is looked at, and accuracies only have to repeat
 COMMANDS = {
     "compare": "compare --schemes lora mora --tasks 2 --epochs 1 --rank 4 --out run",
     "study": "study grain --quick --seeds 0 --jobs 1 --out run",

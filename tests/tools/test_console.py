@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -81,10 +82,14 @@ def test_an_old_encoding_loses_no_result(encoding, tmp_path):
     assert b"Error" not in done.stderr
 
 
+KNOBS = Path(__file__).parent.parent.parent / "tutorials" / "findings" / "knobs.json"
+
+
 @posix
-def test_nobody_reads_what_is_printed(tmp_path):
+@pytest.mark.parametrize("words", [["list"], ["table", KNOBS, "--format", "csv"]])
+def test_nobody_reads_what_is_printed(words, tmp_path):
     process = subprocess.Popen(
-        [*COMMAND, "list"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
@@ -92,10 +97,11 @@ def test_nobody_reads_what_is_printed(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
-def test_what_cannot_be_printed_is_one_line(tmp_path):
+@pytest.mark.parametrize("words", [["list"], ["table", KNOBS, "--format", "csv"]])
+def test_what_cannot_be_printed_is_one_line(words, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*COMMAND, "list"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
+            [*COMMAND, *words], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
