@@ -1,6 +1,7 @@
 """All schemes and baselines through one stream, side by side."""
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,6 +170,9 @@ def compare(
         raise ValueError(f"epochs is {epochs}, allowed: 1 or more")
     streams.require_seeds(seeds)
     changes = dict(changes or {})
+    for name, value in changes.items():
+        if not math.isfinite(value):  # JSON holds no other
+            raise ValueError(f"{name} is {value}, allowed: a finite number")
     trial = streams.make(stream, tasks, seeds[0])
     entries = schemes if isinstance(schemes, Mapping) else choose(schemes, trial)
     learners = {name: _try(name, entry, trial, changes) for name, entry in entries.items()}
