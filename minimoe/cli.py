@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> int:
     if not arguments:
-        parser().print_help()
+        print(parser().format_help(), end="")
         return 0
     try:
         args = parser().parse_args(arguments)
@@ -189,12 +190,17 @@ def fail(message: str, status: int) -> int:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    print("schemes and baselines (--schemes)")
-    for name, entry in ROSTER.items():
-        print(f"  {name:16}{entry.kind}: {entry.summary}")
-    print("streams (--stream)")
-    for name in streams.STREAMS:
-        print(f"  {name:16}{streams.shows(name)}")
+    schemes = {name: f"{entry.kind}: {entry.summary}" for name, entry in ROSTER.items()}
+    shows = {name: streams.shows(name) for name in streams.STREAMS}
+    for head, words in (
+        ("schemes and baselines (--schemes)", schemes),
+        ("streams (--stream)", shows),
+    ):
+        print(head)
+        for name, text in words.items():
+            line = f"  {name:16}{text}"
+            width = console.width() or len(line)
+            print(textwrap.fill(line, width, subsequent_indent=" " * 18))
     return 0
 
 
@@ -372,7 +378,8 @@ def run_new_scheme(args: argparse.Namespace) -> int:
         raise ValueError(f"name is {name!r}, allowed: a module's name, as in my_gate")
     if os.path.lexists(path):
         raise ValueError(f"{path} is there already")
-    if any(map(keyword.iskeyword, (name, title))) or find_spec(name):
+    known = find_spec(name) or name in sys.stdlib_module_names
+    if known or any(map(keyword.iskeyword, (name, title))):
         raise ValueError(f"name is {name!r}, allowed: one that Python does not know yet")
     if re.search(rf"\b{title}\b", text):
         raise ValueError(f"name is {name!r}, allowed: one whose class, {title}, is no name yet")
@@ -406,10 +413,13 @@ def run_bench(args: argparse.Namespace) -> int:
                 repeats=args.repeats,
                 done=lambda label, total: bar(label, 1, total),
             )
-    except BaseException:
+    except BaseException as error:
         if made:
             with contextlib.suppress(OSError):
                 out.rmdir()
+        full = isinstance(error, RuntimeError) and re.search("memory|overflow", str(error))
+        if full or isinstance(error, MemoryError):
+            raise ValueError(f"too large to be timed here: {error}") from error
         raise
     write_json(out / "bench.json", "bench", to_json(result))
     draw("bench", result, out)
@@ -447,7 +457,7 @@ def output_folder(command: str, given: Path | None) -> Path:
             return last
         number = 1 + int(last.name.removeprefix(OUT[command]).removeprefix("-") or 1)
         return Path(f"{OUT[command]}-{number}")
-    if any((given / name).exists() for name in ("checkpoints", RUN, f"{command}.json")):
+    if any((given / name).exists() for name in (RUN, f"{command}.json")):
         go_on = "--resume goes on, " if command == "compare" else ""
         raise ValueError(f"{given} holds a run already: {go_on}another --out keeps both")
     return given

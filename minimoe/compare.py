@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .adapt import adapters
+from .claims import Claims
 from .continual import streams
 from .continual.checkpoints import Checkpoints
 from .continual.learn import (
@@ -197,8 +199,9 @@ def compare(
         whole = learners[name].whole_stream
         (files.of_all(tasks) if whole else files).learned(made[seed])
     if parallel.process() == 0:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(out / RUN, "run", to_json(options))
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / RUN, "run", to_json(options))  # first: it makes the folder a run's
+        (out / "checkpoints").mkdir(exist_ok=True)
     cells: dict[str, list[Run]] = {name: [] for name in entries}
     known: dict[str, list[Reachable]] = {}
     for seed in seeds:
@@ -314,6 +317,9 @@ def _try(name: str, entry: Entry, stream: Stream, changes: Mapping[str, Any]) ->
         return entry.make(model, stream, **changes)  # raises on a bad setting
     try:
         learner = entry.make(model, stream, **changes)
+        for layer in (layer for _, layer in adapters(model) if type(layer) is entry.scheme):
+            if not isinstance(layer.claims, Claims):
+                raise TypeError(f"claims is {layer.claims!r}, allowed: a minimoe.Claims")
         answers = learner.predict(stream.tasks[0].x_test[:2], 0)
     except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error

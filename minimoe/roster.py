@@ -213,7 +213,10 @@ def lookup(name: str) -> tuple[str, Entry]:
     if not colon:
         raise ValueError(f"scheme is {name!r}, allowed: {', '.join(ROSTER)}, file.py:Class")
     scheme = load_class(path, in_file, Adapter)
-    arguments = inspect.signature(scheme).parameters
+    try:
+        arguments = inspect.signature(scheme).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} has no signature: {error}") from error
     takes_all = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
     mora = ROSTER["mora"].settings
     usual = {name: value for name, value in mora.items() if takes_all or name in arguments}

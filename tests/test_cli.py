@@ -290,7 +290,7 @@ def test_bad_input_in_a_process_of_its_own_leaves_nothing(args, message, tmp_pat
 
 
 OWN = """
-from minimoe import Gate, MoRA
+from minimoe import Gate, LoRA, MoRA
 from minimoe.continual.learn import AdapterLearner
 
 class Mine(MoRA):
@@ -314,6 +314,9 @@ class Needy(MoRA):
 
 class mora(MoRA):
     pass
+
+class Odd(LoRA):
+    claims = 3
 """
 
 
@@ -344,6 +347,7 @@ def test_compare_takes_a_scheme_of_ones_own(tmp_path, monkeypatch, capsys):
             "Needy fails: RuntimeError: fc1 (Needy) needs the label: with context(model, label=",
         ),
         ("mora", "scheme 'own.py:mora': there is another of the name mora"),
+        ("Odd", "Odd fails: TypeError: claims is 3, allowed: a minimoe.Claims"),
         ("Gone", "own.py: Gone is not there; schemes there: "),
     ):
         assert main(["compare", *SMALL, "--schemes", f"own.py:{name}"]) == 2
@@ -468,6 +472,9 @@ class Odd(minimoe.Adapter):
 
 class Odder(minimoe.Adapter):
     claims = {"top_k": True}
+
+class Unsigned(minimoe.Adapter):
+    __signature__ = 3
 """
 
 
@@ -477,10 +484,12 @@ class Odder(minimoe.Adapter):
         ("Mine", "class Mine(", "odd.py fails: SyntaxError: '(' was never closed"),
         ("Mine", "import nothing_of_this_name", "odd.py fails: ModuleNotFoundError: No module"),
         ("Mine", ODD + "raise SystemExit('gone')", "odd.py fails: SystemExit: gone"),
-        ("Mine", ODD, "odd.py: Mine is not there; schemes there: Raises, Odd, Odder"),
+        ("Mine", ODD, "odd.py: Mine is not there; schemes there: Raises, Odd, Odder, Unsigned"),
         ("Plain", ODD, "odd.py: Plain is no scheme (a subclass of minimoe.Adapter)"),
         ("Raises", ODD, "Raises(nn.Linear(8, 8), rank=2) raises RuntimeError: not today"),
         ("Odd", ODD, "Odd claims granularity 'batches', allowed: token, sample, batch"),
+        ("Mine", "class X(BaseException): ...\nraise X('me')", "odd.py fails: X: me"),
+        ("Unsigned", ODD, "Unsigned has no signature: "),
         ("Odder", ODD, "Odder.claims is {'top_k': True}, allowed: a minimoe.Claims"),
     ],
 )
@@ -536,3 +545,23 @@ def test_all_are_in_one_table_with_their_parameters_and_time(tmp_path):
     ):  # all their experts speak, and half of the ranks are new
         assert found[name]["instability"]["mean"] == 0.5
     assert (tmp_path / "all" / "gates.png").stat().st_size > 20_000
+
+
+def test_a_run_that_was_killed_before_it_had_options_can_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run/checkpoints").mkdir(parents=True)
+    assert main(["compare", "--resume", "--out", "run"]) == 2
+    one_line(capsys.readouterr().err.splitlines(), "run: no run there to go on with")
+    assert main(["compare", *SMALL, "--schemes", "zero_shot", "--out", "run"]) == 0
+    assert main(["compare", "--resume", "--out", "run"]) == 0
+
+
+@pytest.mark.parametrize("option", ["tokens", "ranks", "width"])
+def test_bench_of_what_no_machine_holds_is_one_line(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for value in ("9223372036854775807", "9" * 30):
+        args = ["bench", "--routing", "random", "--tokens", "8", "--ranks", "16", "--width", "16"]
+        assert main([*args, f"--{option}", value]) == 2
+        wrong = f"{option} is {value}, allowed: up to 16777216"
+        one_line(capsys.readouterr().err.splitlines(), wrong)
+        assert not list(tmp_path.iterdir())

@@ -45,6 +45,7 @@ from .clock import Clock, Contenders, keep_freed_memory, rounds, spread
 
 LIVE = 16  # ranks in training, of any number
 POOL = 64  # ranks of one task, of which `pool` chooses and by which `recorded` grows
+MOST = 2**24  # of any size
 ROUTINGS = ("random", "pool", "recorded")
 
 
@@ -72,9 +73,12 @@ def bench(
         ("top-k", top_k, 1),
         ("repeats", repeats, 1),
         ("ranks", min(ranks), least),
+        ("ranks", max(ranks), least),
     ):
         if value < low:
             raise ValueError(f"{name} is {value}, allowed: {low} or more")
+        if value > MOST:
+            raise ValueError(f"{name} is {value}, allowed: up to {MOST}")
     if unknown := set(routings) - set(ROUTINGS):
         raise ValueError(f"routing is {unknown.pop()!r}, allowed: {', '.join(ROUTINGS)}")
     keep_freed_memory()

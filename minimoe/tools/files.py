@@ -117,8 +117,7 @@ def read_json(path: str | Path, *kinds: str, mend: str) -> tuple[str, dict[str, 
 
     Raises FileNotFoundError; ValueError if the file is not whole, or of another kind or format.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    _require_file(path, mend)
     try:
         content = json.loads(Path(path).read_bytes(), parse_constant=_refuse)
         there: Any = content.pop("minimoe", None) if isinstance(content, dict) else None
@@ -145,8 +144,7 @@ def read_tensors(
     path: str | Path, kind: str, mend: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the facts of a file of `write_tensors`. Raises as `read_json` does."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    _require_file(path, mend)
     data = Path(path).read_bytes()
     try:
         try:
@@ -169,6 +167,13 @@ def read_tensors(
 
 
 _NOUGHTS = "0" * 64
+
+
+def _require_file(path: str | Path, mend: str) -> None:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no file; {mend}")
 
 
 def _sum(data: bytes) -> str:

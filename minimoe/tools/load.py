@@ -26,8 +26,10 @@ def load_class(path: str | Path, name: str, base: type[T]) -> type[T]:
     sys.path.insert(0, str(path.parent))  # as Python does for a script
     try:
         exec(compile(path.read_bytes(), path, "exec"), vars(module))
-    except (Exception, SystemExit) as error:
-        del sys.modules[alias]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever somebody's file does
+        sys.modules.pop(alias, None)
         raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent))
