@@ -43,7 +43,6 @@ from minimoe.continual.learn import PRETRAIN, Backbone
 from minimoe.tools import plots  # noqa: F401  (before the forks, which then have it)
 from minimoe.tools.files import DRAFT, VERSION, read_json, read_tensors, write_json
 
-PRETRAIN["epochs"] = 1  # files are what is looked at, and accuracies only have to repeat
 COMMANDS = {
     "compare": "compare --schemes lora mora --tasks 2 --epochs 1 --rank 4 --out run",
     "study": "study grain --quick --seeds 0 --jobs 1 --out run",
@@ -584,6 +583,7 @@ def run():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    PRETRAIN["epochs"] = 1  # files are what is looked at, and accuracies only have to repeat
     wrong = []
     for part in (kills, corruptions, errors, mistakes):
         if count := getattr(args, part.__name__):

@@ -175,8 +175,8 @@ def run(
     a time (joblib's n_jobs), and are written there as they finish. `done` is called with a label,
     and how many cells are newly finished; `say` with a line on cells that are run again.
 
-    Raises ValueError on a file there that is damaged or is not that cell's, and if the code was
-    edited meanwhile.
+    Raises ValueError on a file there that is damaged or is not that cell's, and on a cell that was
+    run by other code, edited meanwhile or on another machine.
     """
     made = {"code": fingerprint(), "torch": torch.__version__}
     todo, others = [], set()
@@ -193,7 +193,7 @@ def run(
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
     for cell, code, result in parallel(joblib.delayed(_timed)(measure, cell) for cell in todo):
         if code != made["code"]:
-            raise ValueError(f"the code was edited while it ran: {code}, {made['code']} before")
+            raise ValueError(f"a cell was run by other code: {code} there, {made['code']} here")
         entry = {"cell": cell, **made, "measured": to_json(result)}
         write_json(file_of(cell, folder), "cell", entry)
         done(f"{cell['row']}, seed {cell['seed']}", 1)

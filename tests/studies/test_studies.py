@@ -160,7 +160,7 @@ def test_code_that_is_edited_while_a_study_runs_is_no_result(tmp_path, monkeypat
     asked = iter(["before", "after"])
     monkeypatch.setattr(study, "fingerprint", lambda: next(asked))
     (cell,) = marked(tmp_path, [0])
-    with pytest.raises(ValueError, match="the code was edited while it ran: after, before"):
+    with pytest.raises(ValueError, match="a cell was run by other code: after there, before here"):
         run([cell], measured, tmp_path)
     assert not file_of(cell, tmp_path).exists()
 
