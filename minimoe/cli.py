@@ -287,6 +287,8 @@ READ = {"compare": CompareResult.read, "study": StudyResult.read, "bench": bench
 def result_of(path: Path) -> Iterator[tuple[str, Any]]:
     """The kind of a stored result, and the result. Raises FileNotFoundError; ValueError also if
     what is done with it inside shows that its parts do not fit together."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, allowed: a file, as its compare.json")
     kind, _ = read_json(path, *READ, mend=MEND)
     result = READ[kind](path)
     try:

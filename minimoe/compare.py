@@ -53,7 +53,7 @@ RUN = "run.json"  # a run's options, in its folder
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for: what decides its numbers.
+    """What a user asks a run for; run.json holds what is not the default.
 
     schemes: as `choose` takes them, a file by its whole path. changes: settings other than the
     roster's, for all schemes that have them.
@@ -70,7 +70,8 @@ class Options:
 
     @classmethod
     def of(cls, folder: Path) -> "Options":
-        """Those of the run in a folder. Raises FileNotFoundError if there is none; ValueError."""
+        """Those of the run in a folder. Raises FileNotFoundError if there is none, and ValueError
+        if its run.json is damaged."""
         path, mend = folder / RUN, "a run in another folder starts anew"
         if not path.exists():
             raise FileNotFoundError(f"{folder}: no run there to go on with")
@@ -157,8 +158,8 @@ def compare(
 ) -> CompareResult:
     """Carry every scheme, with every seed, through a stream.
 
-    The options are written to out/run.json, and after every task a checkpoint to out/checkpoints;
-    those that are there already are gone on from.
+    The options are written to out/run.json, and after every task a checkpoint to out/checkpoints.
+    A checkpoint that is there already is not learned again. (The command writes compare.json.)
 
     Args:
         schemes: as `choose` takes them, or what it returns.
@@ -262,8 +263,8 @@ def restore(folder: str | Path, scheme: str, seed: int = 0) -> tuple[Learner, St
         digits = learner.predict(stream.tasks[0].x_test, 0).argmax(-1)
 
     scheme: its short name. The backbone is not in the checkpoints; it is pretrained anew, to the
-    same bits. Raises FileNotFoundError; ValueError on a name or a seed that the run does not have,
-    or that has not learned all tasks, and on damaged files.
+    same bits. Raises FileNotFoundError if no run is there; ValueError if the run does not have the
+    scheme or the seed, or has not learned all tasks with them, and on damaged files.
     """
     folder = Path(folder)
     options = Options.of(folder)

@@ -1,7 +1,8 @@
 """A run on disk: what its learner knew after each task, a file each.
 
-A run that is gone on with takes up these files one after the other, and measures what each could
-do. So its tasks can be more than they were, and no measured number is read back.
+A run that goes on reads these files one after the other, and measures anew what the learner could
+do after each task. So no accuracy is read from a file, and a run can go on to more tasks than it
+had.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from .streams import Stream
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself. run: all that decided its numbers; learned: how many tasks,
-    the last of them `task`; seconds spent learning, of these training, and steps of training."""
+    """What a checkpoint says of itself.
+
+    run: all that decided its numbers. learned: how many tasks, the last of them `task`. For all
+    these tasks together: seconds spent learning, those spent training, and steps of training.
+    """
 
     run: dict[str, Any]
     task: str
@@ -43,7 +47,7 @@ class Checkpoints:
         return self.stem.with_name(f"{self.stem.name}-task{learned}.safetensors")
 
     def of_all(self, J: int) -> "Checkpoints":
-        """The files of a learner that does not do the same in a stream of more tasks."""
+        """The files of a learner of the whole stream (Learner.whole_stream): of J tasks only."""
         return Checkpoints(self.stem.with_name(f"{self.stem.name}-of{J}"), self.run)
 
     def learned(self, stream: Stream) -> int:

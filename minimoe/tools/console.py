@@ -62,7 +62,7 @@ def stoppable() -> Iterator[None]:
 
 
 def ignore_stops() -> None:
-    """From now on in `stoppable`: one more signal changes nothing."""
+    """Until `stoppable` ends, one more signal changes nothing."""
     if threading.current_thread() is threading.main_thread():
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
@@ -80,7 +80,8 @@ def raise_if_stopped() -> None:
 
 
 class Progress:
-    """A bar on stderr, opened when something is first done, so that bad input gets its one line."""
+    """A bar on stderr, below the line `first`. The first call opens it, when bad input has had its
+    one line. A call raises if the command was stopped."""
 
     def __init__(self, unit: str, first: str = "", hidden: bool = False):
         self.unit, self.first, self.hidden = unit, first, hidden

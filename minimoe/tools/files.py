@@ -2,8 +2,8 @@
 written and read here.
 
 A file that is read back carries a seal: its kind, the version of its format, and a SHA-256 of what
-it holds. A file that was changed, cut short or swapped, or that something else wrote, is refused in
-one line.
+it holds. A file that was changed or cut short, that is of another kind or format, or that something
+else wrote, is refused in one line. (Whether it is the file of this run, its readers see.)
 """
 
 import contextlib

@@ -17,36 +17,31 @@ OUTSIDE = ("cli.py", "__main__.py", "laws", "tools/console.py", "tools/plots.py"
 
 @functools.cache
 def fingerprint() -> str:
-    """Of this package, as it was when this was first asked in this process."""
+    """The fingerprint of this package without OUTSIDE, as it was when a process first asked."""
     outside = [PACKAGE / name for name in OUTSIDE]
-    return of(
-        path
-        for path in PACKAGE.rglob("*.py")
-        if not any(path.is_relative_to(other) for other in outside)
-    )
+    every = PACKAGE.rglob("*.py")
+    files = {path for path in every if not any(path.is_relative_to(other) for other in outside)}
+    return of(files, PACKAGE)
 
 
 def of_own(path: Path) -> str:
-    """Of somebody's file, and of the files in its folder that it imports, however far."""
-    folder, files, todo = path.parent, {path}, [path]
+    """The fingerprint of somebody's file, with all files in its folder, or below, that it imports,
+    directly or by way of each other."""
+    files, todo = {path}, [path]
     while todo:
-        for name in _imported(todo.pop()):
-            parts = name.split(".")
-            for n in range(1, len(parts) + 1):
-                place = folder.joinpath(*parts[:n])
-                for file in (place.with_suffix(".py"), place / "__init__.py"):
-                    if file.is_file() and file not in files:
-                        files.add(file)
-                        todo.append(file)
-    return of(files)
+        for file in _imported(todo.pop(), path.parent) - files:
+            files.add(file)
+            todo.append(file)
+    return of(files, path.parent)
 
 
-def of(files: Iterable[Path]) -> str:
-    """12 hexadecimal digits that change with what the files do, or with their names, but not with
-    a comment, a docstring or a line's breaks. (By one version of Python; others may differ.)"""
+def of(files: Iterable[Path], folder: Path) -> str:
+    """12 hexadecimal digits that change with the code of the files and with their names in the
+    folder, but not with comments, docstrings and where lines end. (By one version of Python.)"""
     total = hashlib.sha256()
     for path in sorted(files):
-        total.update(f"{path.name}\n{_without_words(path)}\n".encode())
+        name = path.relative_to(folder).as_posix()
+        total.update(f"{name}\n{_without_words(path)}\n".encode())
     return total.hexdigest()[:12]
 
 
@@ -66,17 +61,25 @@ def _without_words(path: Path) -> str:
     return ast.dump(tree)
 
 
-def _imported(path: Path) -> set[str]:
-    """The dotted names that a source imports, wherever in it."""
+def _imported(path: Path, folder: Path) -> set[Path]:
+    """The files that a source imports, wherever in it, as far as they are in this folder."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return set()
-    names = set()
+    names = set()  # (folder to look in, dotted name)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names |= {(folder, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names |= {f"{module}.{alias.name}".strip(".") for alias in node.names}
-    return names
+            base = path.parents[node.level - 1] if node.level else folder
+            module = f"{node.module}." if node.module else ""
+            names |= {(base, f"{module}{alias.name}") for alias in node.names}
+    files = set()
+    for base, name in names:
+        parts = name.split(".")
+        for n in range(len(parts) + 1):
+            place = base.joinpath(*parts[:n])
+            candidates = [place / "__init__.py"] + [place.with_suffix(".py")] * (n > 0)
+            files |= {file for file in candidates if file.is_file()}
+    return {file for file in files if file.is_relative_to(folder)}

@@ -209,7 +209,7 @@ def grid(kind: str, result: Any) -> tuple[list[str], list[list[Any]]]:
         reach = ["reachable"] * any(s.reachable for s in result.schemes.values())
         keys = [*reach, *measures, *counts, "seconds", "step"]
         rows = [[name, *(getattr(s, k) for k in keys)] for name, s in result.schemes.items()]
-        return ["scheme", *keys], rows
+        return ["scheme", *keys[:-1], "seconds per step"], rows
     if kind == "study":
         rows = [[label, *(row[m] for m in result.columns)] for label, row in result.rows.items()]
         return ["row", *result.columns.values()], rows

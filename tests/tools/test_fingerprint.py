@@ -23,7 +23,7 @@ def test_words_and_breaks_do_not_count_and_all_else_does(tmp_path):
 
     def made_of(text):
         path.write_text(text)
-        return of([path])
+        return of([path], tmp_path)
 
     first = made_of(SOURCE)
     assert len(first) == 12 and int(first, 16) >= 0
@@ -49,17 +49,31 @@ def test_what_somebodys_file_imports_from_beside_it_counts(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "helper.py").write_text("from deep.part import double\n")
     (tmp_path / "deep" / "__init__.py").write_text("")
-    (tmp_path / "deep" / "part.py").write_text("double = lambda x: 2 * x\n")
+    (tmp_path / "deep" / "part.py").write_text(
+        "from .near import two\ndouble = lambda x: two * x\n"
+    )
+    (tmp_path / "deep" / "near.py").write_text("from . import nearer\ntwo = nearer.one + 1\n")
+    (tmp_path / "deep" / "nearer.py").write_text("from ..top import one\n")
+    (tmp_path / "top.py").write_text("one = 1\n")
     (tmp_path / "beside.py").write_text("x = 1\n")
     first = of_own(tmp_path / "own.py")
     (tmp_path / "beside.py").write_text("x = 2\n")
     assert of_own(tmp_path / "own.py") == first
-    for name in ("helper.py", "deep/__init__.py", "deep/part.py"):
+    for name in (
+        "helper.py",
+        "deep/__init__.py",
+        "deep/part.py",
+        "deep/near.py",
+        "deep/nearer.py",
+        "top.py",
+    ):
         before = (tmp_path / name).read_text()
         (tmp_path / name).write_text(before + "x = 3\n")
         assert of_own(tmp_path / "own.py") != first
         (tmp_path / name).write_text(before)
     assert of_own(tmp_path / "own.py") == first
+    (tmp_path / "deep" / "part.py").rename(tmp_path / "deep" / "other.py")
+    assert of_own(tmp_path / "own.py") != first
 
 
 @pytest.mark.parametrize(
