@@ -148,6 +148,8 @@ def test_a_stopped_command_says_so_in_a_line(command, mark, stop, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # whoever started the tests in the background had SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         said = b""
