@@ -54,9 +54,18 @@ def stoppable() -> Iterator[None]:
         for number in STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, _stop)
+    report = sys.unraisablehook
+
+    def unless_stopped(what: Any) -> None:
+        """What is raised in a garbage collector's callback cannot rise; `Progress` raises again."""
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            report(what)
+
+    sys.unraisablehook = unless_stopped
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for stop, handler in before.items():
             signal.signal(stop, handler)
 
