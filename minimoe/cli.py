@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, bench, laws, studies
-from .compare import RUN, Options, canonical, choose, compare
+from .compare import choose, compare
 from .continual import streams
+from .options import RUN, Options, canonical
 from .roster import EPOCHS, ROSTER, SCHEMES, lookup
 from .studies import STUDIES
 from .tools import console, parallel

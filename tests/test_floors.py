@@ -21,6 +21,7 @@ FLOORS = [
     {"continual"},
     {"schemes"},
     {"roster"},
+    {"options"},
     {"compare", "laws", "studies", "bench"},
     {"cli"},
     {"__main__"},

@@ -277,7 +277,8 @@ def run_stream(
             header = take_up(learner, checkpoints, t + 1, stream)
             seconds, training, steps = header.seconds, header.training, header.steps
             measure(t + 1)
-        done(learned)
+        if learned:
+            done(learned)
         for t in range(learned, J):
             start = time.perf_counter()
             torch.manual_seed(task_seed(seed, t))

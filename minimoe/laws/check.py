@@ -129,7 +129,7 @@ def table(results: dict[str, list[Row]], width: int | None = None) -> str:
     marks = {"held": "held", "broken": "BROKEN", "not claimed": "–"}
     rows = [["law", *results, "what it says"]]
     for i, law in enumerate(LAWS):
-        verdicts = [marks[each[i].verdict] for each in results.values()]
+        verdicts = [marks[each[i].verdict].ljust(len("BROKEN")) for each in results.values()]
         rows.append([law.__name__, *verdicts, says(law)])
     lines = [
         *aligned(rows, width, align=(str.ljust, str.ljust)),

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
+from ..tools.console import quiet_children
 from ..tools.files import write_json
 from ..tools.fingerprint import fingerprint
 from ..tools.results import (
@@ -191,7 +192,9 @@ def run(
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     done("", len(cells) - len(todo))
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
-    for cell, code, result in parallel(joblib.delayed(_timed)(measure, cell) for cell in todo):
+    with quiet_children():
+        results = parallel(joblib.delayed(_timed)(measure, cell) for cell in todo)
+    for cell, code, result in results:
         if code != made["code"]:
             raise ValueError(f"a cell was run by other code: {code} there, {made['code']} here")
         entry = {"cell": cell, **made, "measured": to_json(result)}

@@ -70,6 +70,31 @@ def stoppable() -> Iterator[None]:
             signal.signal(stop, handler)
 
 
+@contextlib.contextmanager
+def quiet_children() -> Iterator[None]:
+    """Processes that are started inside leave it to this one to say that it was stopped.
+
+    They ignore SIGINT, which Ctrl-C sends to all processes of a terminal (this one too, but only
+    inside). And joblib's, which cleans up behind a process that was stopped, does not warn of what
+    is gone already.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    filters = os.environ.get("PYTHONWARNINGS")
+    quiet = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = f"{filters},{quiet}" if filters else quiet
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if filters is not None:
+            os.environ["PYTHONWARNINGS"] = filters
+        if before is not None:  # None: not a handler of Python's
+            signal.signal(signal.SIGINT, before)
+
+
 def ignore_stops() -> None:
     """Until `stoppable` ends, one more signal changes nothing."""
     if threading.current_thread() is threading.main_thread():

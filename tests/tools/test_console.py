@@ -143,7 +143,8 @@ def test_json_is_json_whatever_else_prints(tmp_path):
 )
 def test_a_stopped_command_says_so_in_a_line(command, mark, stop, tmp_path):
     process = subprocess.Popen(
-        [*COMMAND, *command.split()],
+        [sys.executable, "-m", "minimoe", *command.split()],
+        env=os.environ | {"PYTHONWARNINGS": "error"},  # which its processes can add to, unlike -W
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
