@@ -25,15 +25,19 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, bench, laws, studies
-from .compare import choose, compare
+from .compare import choose, compare, report, usual_schemes
+from .compare import draw as draw_compare
 from .continual import streams
-from .options import RUN, Options, canonical
+from .continual.backbones import BACKBONES
+from .continual.learn import OPTIMISERS
+from .options import FIXED, RUN, Options, canonical
 from .roster import EPOCHS, ROSTER, SCHEMES, lookup
+from .setting import Setting, stream_of
 from .studies import STUDIES
 from .tools import console, parallel
 from .tools.files import read_json, write_atomic, write_json
 from .tools.results import MEND, CompareResult, StudyResult, to_json
-from .tools.tables import FORMATS, compare_page, formatted, study_table, table
+from .tools.tables import FORMATS, formatted, study_table, table
 
 OUT = {"compare": "minimoe-compare", "study": "minimoe-study", "bench": "minimoe-bench"}
 OUT_HELP = "output folder, default {0}, or {0}-2, ... if that is taken"
@@ -59,7 +63,15 @@ def parser() -> Parser:
     add = commands.add_parser(
         "compare", help="carry schemes through a stream of tasks"
     ).add_argument
-    add("--stream", help=f"default {usual.stream}; see minimoe list")
+    add("--stream", help=f"default {usual.stream}; see minimoe list, or file.py:make")
+    add(
+        "--backbone",
+        metavar="NAME",
+        help=f"{', '.join(BACKBONES)}, or file.py:make; default the stream's own",
+    )
+    add(
+        "--targets", metavar="PATTERN", help="names of the layers to adapt, default the model's own"
+    )
     add(
         "--schemes",
         nargs="+",
@@ -70,6 +82,9 @@ def parser() -> Parser:
     add("--seeds", nargs="+", type=int, metavar="N", help="default 0")
     add("--tasks", type=int, metavar="N", help=f"default {usual.tasks}")
     add("--epochs", type=int, metavar="N", help=f"per task, default {EPOCHS}")
+    add("--lr", type=float, help=f"learning rate, default {usual.lr}")
+    add("--batch", type=int, metavar="N", help=f"examples in a batch, default {usual.batch}")
+    add("--optimiser", metavar="NAME", help=f"{', '.join(OPTIMISERS)}; default {usual.optimiser}")
     own = ROSTER["mora"].settings
     add("--rank", type=int, metavar="N", help=f"ranks per task, default {own['rank']}")
     settings = {name: entry.settings for name, entry in ROSTER.items()}
@@ -78,6 +93,13 @@ def parser() -> Parser:
     add("--tau", type=float, help=f"mora's temperature, default {own['tau']}")
     add("--delta", type=float, help=f"mora's threshold at test, default {own['delta']}")
     add("--device", help="default cpu; cuda, cuda:1, ...")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs side by side, default 1; -1: all cores",
+    )
     add("--out", type=Path, help=OUT_HELP.format(OUT["compare"]))
     add(
         "--resume",
@@ -191,11 +213,16 @@ def fail(message: str, status: int) -> int:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    schemes = {name: f"{entry.kind}: {entry.summary}" for name, entry in ROSTER.items()}
+    schemes = {}
+    for name, entry in ROSTER.items():
+        needs = f" (of a model with {' and '.join(entry.needs)})" if entry.needs else ""
+        schemes[name] = f"{entry.kind}: {entry.summary}{needs}"
     shows = {name: streams.shows(name) for name in streams.STREAMS}
+    models = {name: " ".join((make.__doc__ or "").split()) for name, make in BACKBONES.items()}
     for head, words in (
         ("schemes and baselines (--schemes)", schemes),
         ("streams (--stream)", shows),
+        ("models (--backbone)", models),
     ):
         print(head)
         for name, text in words.items():
@@ -216,6 +243,7 @@ def run_compare(args: argparse.Namespace) -> int:
         name: asked[name] for name in ("rank", "top_k", "tau", "delta") if name in asked
     }
     given["schemes"] = [canonical(name) for name in asked.get("schemes", [])]
+    given |= {name: canonical(given[name]) for name in ("stream", "backbone") if name in given}
     if args.resume and args.out is None:
         args.out = latest("compare")
     options = Options.of(args.out).extended(given) if args.resume else fresh(given)
@@ -224,29 +252,29 @@ def run_compare(args: argparse.Namespace) -> int:
     first = parallel.process() == 0
     out = args.out if args.resume else output_folder("compare", args.out) if first else None
     out = parallel.agreed(out)
-    stream = streams.make(options.stream, options.tasks, options.seeds[0])
-    schemes = choose(options.schemes or None, stream)
+    fixed = {name: getattr(options, name) for name in FIXED}
+    setting = Setting(
+        *(options.stream, options.backbone, options.targets, options.tasks, options.device)
+    )
+    model = setting.new_model(options.seeds[0])
+    schemes = choose(options.schemes or None, stream_of(setting, options.seeds[0]), model)
     total = len(schemes) * len(options.seeds) * options.tasks
     with console.Progress("task", f"writing to {out}", hidden=not first) as bar:
         result = compare(
             out,
-            options.stream,
-            schemes,
-            options.seeds,
-            options.tasks,
-            options.device,
-            options.epochs,
-            options.changes,
-            lambda label, tasks: bar(label, tasks, total),
+            schemes=schemes,
+            seeds=options.seeds,
+            tasks=options.tasks,
+            changes=options.changes,
+            done=lambda label, tasks: bar(label, tasks, total),
+            jobs=args.jobs,
+            **fixed,
         )
     if not first:
         return 0
-    write_json(out / "compare.json", "compare", to_json(result))
-    pictures = draw("compare", result, out)
-    page = compare_page(result, options.command(), pictures)
-    write_atomic(out / "compare.md", page.encode())
+    files = report(result, out, options.command(usual_schemes(model)))
     print(table(result, console.width()))
-    print("", *(out / name for name in ("compare.json", "compare.md", *pictures)), sep="\n")
+    print("", *files, sep="\n")
     return 0
 
 
@@ -263,17 +291,7 @@ def draw(kind: str, result: Any, folder: Path) -> list[str]:
     from .tools import plots  # here, so that what draws nothing needs no matplotlib
 
     if kind == "compare":
-        kinds = {n: ROSTER[n].kind if n in ROSTER else "scheme" for n in result.schemes}
-        plots.plot_compare(
-            result,
-            folder / "compare.png",
-            thick=[name for name, of in kinds.items() if of == "scheme"],
-            dashed=[name for name, of in kinds.items() if of in ("baseline", "bound")],
-        )
-        if all(scheme.intrusion.mean is None for scheme in result.schemes.values()):
-            return ["compare.png"]
-        plots.plot_gates(result, folder / "gates.png")
-        return ["compare.png", "gates.png"]
+        return draw_compare(result, folder)
     if kind == "study":
         plots.plot_study(result, folder / f"{result.study}.png")
         return [f"{result.study}.png"]

@@ -1,18 +1,20 @@
 """All schemes and baselines through one stream, side by side."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from .adapt import adapters
 from .claims import Claims
-from .continual import streams
+from .continual import data, streams
 from .continual.checkpoints import Checkpoints
 from .continual.learn import (
     BATCH,
@@ -21,129 +23,199 @@ from .continual.learn import (
     PROBES,
     Learner,
     Run,
-    make_backbone,
-    pretrain,
+    require_training,
     run_stream,
     take_up,
     task_seed,
 )
 from .continual.metrics import METRICS
-from .continual.planted import reachable
 from .continual.probe import PROBLEMS
-from .continual.streams import Stream
-from .options import RUN, Options, short_name, usual_schemes
+from .continual.stream import Stream
+from .options import RUN, Options, short_name
 from .roster import EPOCHS, ROSTER, Entry, lookup, names
+from .setting import Setting, name_of, pretrained, stream_of
 from .tools import parallel
-from .tools.files import write_json
+from .tools.console import quiet_children
+from .tools.files import write_atomic, write_json
 from .tools.fingerprint import fingerprint
-from .tools.results import CompareResult, Reachable, SchemeResult, Spread
+from .tools.results import CompareResult, Reachable, SchemeResult, Spread, to_json
+from .tools.tables import compare_page
 
 
 def compare(
-    out: Path,
-    stream: str = "permuted-digits",
+    out: str | Path,
+    stream: str | Stream | Callable[[int, int], Stream] = "permuted-digits",
     schemes: Sequence[str] | Mapping[str, Entry] | None = None,
     seeds: Sequence[int] = (0,),
-    tasks: int = 5,
+    tasks: int | None = None,
     device: str = "cpu",
     epochs: int = EPOCHS,
     changes: Mapping[str, Any] | None = None,
     done: Callable[[str, int], None] = lambda label, tasks: None,
+    *,
+    backbone: str | Callable[[Stream], nn.Module] | None = None,
+    targets: str | None = None,
+    lr: float = LEARNING_RATE,
+    batch: int = BATCH,
+    optimiser: str = "AdamW",
+    jobs: int = 1,
 ) -> CompareResult:
     """Carry every scheme, with every seed, through a stream.
 
     The options are written to out/run.json, and after every task a checkpoint to out/checkpoints.
-    A checkpoint that is there already is not learned again. (The command writes compare.json.)
+    A checkpoint that is there already is not learned again. `report` writes the rest.
 
     Args:
+        stream, backbone, targets: as Setting says.
         schemes: as `choose` takes them, or what it returns.
+        tasks: how many; by default 5, or all that a Stream has.
         changes: settings other than the roster's, for all schemes that have them.
         done: is told of progress: a label, and how many tasks are newly finished.
+        lr, batch, optimiser: of a task's training.
+        jobs: runs side by side, in processes, or as joblib.parallel_config says; -1: one per core.
+            Each has one thread. The numbers are those of one after the other with one thread.
 
-    Raises ValueError on unknown names, settings out of range and checkpoints that are damaged or of
-    another run, before anything is written or learned.
+    Raises ValueError on unknown names, settings out of range, a stream and a model that do not fit,
+    and checkpoints that are damaged or of another run, before anything is written or learned.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}, allowed: 1 or more")
+    out = Path(out)
+    require_training(epochs, lr, batch, optimiser)
     streams.require_seeds(seeds)
     changes = dict(changes or {})
     for name, value in changes.items():
         if not math.isfinite(value):  # JSON holds no other
             raise ValueError(f"{name} is {value}, allowed: a finite number")
-    trial = streams.make(stream, tasks, seeds[0])
-    entries = schemes if isinstance(schemes, Mapping) else choose(schemes, trial)
-    learners = {name: _try(name, entry, trial, changes) for name, entry in entries.items()}
-    common = {"tasks": tasks, "epochs": epochs}
-    how = {"batch": BATCH, "lr": LEARNING_RATE, "pretrain": PRETRAIN, "probes": PROBES}
-    made = {seed: streams.make(stream, tasks, seed) for seed in seeds}
-    options = Options(
-        stream,
-        [name if not e.path else f"{e.path}:{name}" for name, e in entries.items()],
-        list(seeds),
-        tasks,
-        epochs,
-        device,
-        changes,
-    )
-    kept = {
-        (name, seed): _kept(out, options, name, entry, seed)
+    if jobs != -1 and jobs < 1:
+        raise ValueError(f"jobs is {jobs}, allowed: 1 or more, or -1")
+    if jobs != 1 and parallel.processes() > 1:
+        raise ValueError(f"jobs is {jobs}, allowed where processes train together: 1")
+    if tasks is None:
+        tasks = len(stream.tasks) if isinstance(stream, Stream) else Options().tasks
+    setting = Setting(stream, backbone, targets, tasks, device)
+    trial, model = stream_of(setting, seeds[0]), setting.new_model(seeds[0])
+    entries = dict(schemes) if isinstance(schemes, Mapping) else choose(schemes, trial, model)
+    learners = {
+        name: _try(name, entry, trial, copy.deepcopy(model), changes)
         for name, entry in entries.items()
-        for seed in seeds
     }
-    for (name, seed), files in kept.items():
-        whole = learners[name].whole_stream
-        (files.of_all(tasks) if whole else files).learned(made[seed])
+    options = Options(
+        stream=stream if isinstance(stream, str) else trial.name,
+        schemes=[name if not e.path else f"{e.path}:{name}" for name, e in entries.items()],
+        seeds=list(seeds),
+        tasks=tasks,
+        epochs=epochs,
+        lr=lr,
+        batch=batch,
+        optimiser=optimiser,
+        backbone=name_of(backbone),
+        targets=targets,
+        device=device,
+        changes=changes,
+    )
+    kept = {}
+    for seed in seeds:
+        for name, entry in entries.items():
+            files = kept[seed, name] = _kept(out, options, setting, name, entry, seed)
+            whole = learners[name].whole_stream
+            (files.of_all(tasks) if whole else files).learned(stream_of(setting, seed))
     if parallel.process() == 0:
         out.mkdir(parents=True, exist_ok=True)
         # first: it makes the folder a run's
         write_json(out / RUN, "run", dataclasses.asdict(options))
         (out / "checkpoints").mkdir(exist_ok=True)
-    cells: dict[str, list[Run]] = {name: [] for name in entries}
-    known: dict[str, list[Reachable]] = {}
-    for seed in seeds:
-        backbone = pretrain(made[seed], seed, device)
-        if stream == "planted":
-            for name, reach in reachable(backbone, made[seed], _settings(changes)).items():
-                known.setdefault(name, []).append(reach)
-        for name, entry in entries.items():
-            label = f"{name}, seed {seed}"
-            done(label, 0)
-            cells[name].append(
-                run_stream(
-                    partial(entry.make, **changes),
-                    backbone,
-                    made[seed],
-                    seed,
-                    epochs,
-                    device,
-                    name=label,
-                    checkpoints=kept[name, seed],
-                    done=partial(done, label),
-                )
+    if jobs == 1:
+        cells = {
+            (seed, name): _run(entries[name], setting, options, name, seed, files, done)
+            for (seed, name), files in kept.items()
+        }
+    else:
+        calls = (
+            # of somebody's file a process is told the name: no pickle holds its classes
+            joblib.delayed(_run_alone)(
+                f"{entries[name].path}:{name}" if entries[name].path else entries[name],
+                *(setting, options, name, seed, files),
             )
+            for (seed, name), files in kept.items()
+        )
+        with quiet_children():
+            results = joblib.Parallel(n_jobs=jobs, return_as="generator")(calls)
+        cells = {}
+        for key, run in zip(kept, results, strict=True):
+            cells[key] = run
+            done(f"{key[1]}, seed {key[0]}", tasks)
+    known: dict[str, list[Reachable]] = {}
+    if trial.reachable is not None and backbone is None:
+        for seed in seeds:
+            model, made = pretrained(setting, seed), stream_of(setting, seed)
+            for name, reach in trial.reachable(model, made, _settings(changes)).items():
+                known.setdefault(name, []).append(reach)
+    settings: dict[str, Any] = {"tasks": tasks, "epochs": epochs}
+    settings |= shown_settings(ROSTER | entries, changes)
+    settings |= {"batch": batch, "lr": lr, "optimiser": optimiser}
+    settings |= {"backbone": name_of(backbone), "targets": targets}
+    settings |= {"pretrain": {**PRETRAIN, **trial.pretraining} if trial.base else None}
+    settings |= {"probes": PROBES, "score": trial.measure}
     return CompareResult(
-        stream=stream,
+        stream=trial.name,
         device=device,
         torch=torch.__version__,
         code=fingerprint(),
         seeds=list(seeds),
-        settings=common | shown_settings(ROSTER | dict(entries), changes) | how,
-        schemes={name: _over_seeds(runs, known.get(name)) for name, runs in cells.items()},
+        settings=settings,
+        schemes={
+            name: _over_seeds([cells[seed, name] for seed in seeds], known.get(name))
+            for name in entries
+        },
     )
 
 
-def _kept(out: Path, options: Options, name: str, entry: Entry, seed: int) -> Checkpoints:
+def _run(
+    entry: Entry,
+    setting: Setting,
+    options: Options,
+    name: str,
+    seed: int,
+    files: Checkpoints,
+    done: Callable[[str, int], None] = lambda label, tasks: None,
+) -> Run:
+    """One scheme's life with one seed."""
+    label = f"{name}, seed {seed}"
+    done(label, 0)
+    return run_stream(
+        lambda model, stream: entry.make(model, stream, **options.changes),
+        pretrained(setting, seed),
+        stream_of(setting, seed),
+        seed,
+        options.epochs,
+        setting.device,
+        name=label,
+        checkpoints=files,
+        done=lambda tasks: done(label, tasks),
+        how={"lr": options.lr, "batch": options.batch, "optimiser": options.optimiser},
+    )
+
+
+def _run_alone(entry: Entry | str, *args: Any) -> Run:
+    """`_run` in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    return _run(lookup(entry)[1] if isinstance(entry, str) else entry, *args)
+
+
+def _kept(
+    out: Path, options: Options, setting: Setting, name: str, entry: Entry, seed: int
+) -> Checkpoints:
     """The checkpoints of a scheme's run, and what decides their numbers."""
     run = {
         "scheme": name,
         "seed": seed,
-        "stream": options.stream,
+        **setting.facts(seed),
         "epochs": options.epochs,
         "device": options.device,
         **entry.changed(options.changes),
-        "batch": BATCH,
-        "lr": LEARNING_RATE,
-        "pretrain": PRETRAIN,
+        "batch": options.batch,
+        "lr": options.lr,
+        "optimiser": options.optimiser,
+        "pretrain": {**PRETRAIN, **stream_of(setting, seed).pretraining},
         "torch": torch.__version__,
         "code": fingerprint(),
     }
@@ -151,47 +223,82 @@ def _kept(out: Path, options: Options, name: str, entry: Entry, seed: int) -> Ch
     return Checkpoints(out / "checkpoints" / f"{name}-seed{seed}", run | own)
 
 
-def restore(folder: str | Path, scheme: str, seed: int = 0) -> tuple[Learner, Stream]:
+def report(result: CompareResult, folder: str | Path, command: str = "") -> list[Path]:
+    """Write a comparison to compare.json, draw it, and show both in compare.md, under the command
+    that made it. Returns the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "compare.json", "compare", to_json(result))
+    pictures = draw(result, folder)
+    write_atomic(folder / "compare.md", compare_page(result, command, pictures).encode())
+    return [folder / name for name in ("compare.json", "compare.md", *pictures)]
+
+
+def draw(result: CompareResult, folder: Path) -> list[str]:
+    """Draw a comparison: the accuracies, and where there are gates, those. Returns the names of the
+    pictures."""
+    from .tools import plots  # here, so that what draws nothing needs no matplotlib
+
+    kinds = {n: ROSTER[n].kind if n in ROSTER else "scheme" for n in result.schemes}
+    plots.plot_compare(
+        result,
+        folder / "compare.png",
+        thick=[name for name, of in kinds.items() if of == "scheme"],
+        dashed=[name for name, of in kinds.items() if of in ("baseline", "bound")],
+    )
+    if all(scheme.intrusion.mean is None for scheme in result.schemes.values()):
+        return ["compare.png"]
+    plots.plot_gates(result, folder / "gates.png")
+    return ["compare.png", "gates.png"]
+
+
+def restore(
+    folder: str | Path, scheme: str, seed: int = 0, stream: Any = None, backbone: Any = None
+) -> tuple[Learner, Stream]:
     """What a run's learner knew in the end, and the stream that it learned.
 
         learner, stream = restore("minimoe-compare", "mora")
         digits = learner.predict(stream.tasks[0].x_test, 0).argmax(-1)
 
-    scheme: its short name. The backbone is not in the checkpoints; it is pretrained anew, to the
-    same bits. Raises FileNotFoundError if no run is there; ValueError if the run does not have the
-    scheme or the seed, or has not learned all tasks with them, and on damaged files.
+    scheme: its short name. stream, backbone: where the run had some that are no names, the same.
+    The backbone is not in the checkpoints; it is made and pretrained anew, to the same bits. Raises
+    FileNotFoundError if no run is there; ValueError if the run does not have the scheme or the
+    seed, or has not learned all tasks with them, and on damaged files.
     """
     folder = Path(folder)
     options = Options.of(folder)
-    stream = streams.make(options.stream, options.tasks, options.seeds[0])
-    entries = choose(options.schemes, stream)
-    if scheme not in entries:
-        raise ValueError(f"scheme is {scheme!r}, allowed in this run: {', '.join(entries)}")
     if seed not in options.seeds:
         allowed = ", ".join(map(str, options.seeds))
         raise ValueError(f"seed is {seed}, allowed in this run: {allowed}")
-    stream = streams.make(options.stream, options.tasks, seed)
-    backbone = pretrain(stream, seed, options.device)
+    setting = Setting(
+        options.stream if stream is None else stream,
+        options.backbone if backbone is None else backbone,
+        *(options.targets, options.tasks, options.device),
+    )
+    made, model = stream_of(setting, seed), copy.deepcopy(pretrained(setting, seed))
+    entries = choose(options.schemes, made, model)
+    if scheme not in entries:
+        raise ValueError(f"scheme is {scheme!r}, allowed in this run: {', '.join(entries)}")
     with torch.random.fork_rng():
         torch.manual_seed(task_seed(seed, 0))
-        learner = entries[scheme].make(backbone, stream, **options.changes)
-    files = _kept(folder, options, scheme, entries[scheme], seed)
+        learner = entries[scheme].make(model, made, **options.changes)
+    files = _kept(folder, options, setting, scheme, entries[scheme], seed)
     files = files.of_all(options.tasks) if learner.whole_stream else files
-    if files.learned(stream) < options.tasks:
+    if files.learned(made) < options.tasks:
         raise ValueError(
             f"{folder}: {scheme}, seed {seed}, has not learned all tasks; --resume does"
         )
-    take_up(learner, files, options.tasks, stream)
+    take_up(learner, files, options.tasks, made)
     learner.model.eval()
-    return learner, stream
+    return learner, made
 
 
-def choose(schemes: Sequence[str] | None, stream: Stream) -> dict[str, Entry]:
+def choose(schemes: Sequence[str] | None, stream: Stream, model: Any) -> dict[str, Entry]:
     """The entries of these names, or files with a class, file.py:Class, by short names. None: all
-    but the atlas; "all": with it. Raises ValueError on a name that this stream does not have."""
-    allowed = names(stream.real)
+    but the atlas; "all": with it. Raises ValueError on a name that this model cannot have."""
+    allowed = names(model)
     if schemes is None:
-        schemes = usual_schemes(stream)
+        schemes = usual_schemes(model)
     entries: dict[str, Entry] = {}
     for given in dict.fromkeys(schemes):
         for each in allowed if given == "all" else [given]:
@@ -207,9 +314,15 @@ def choose(schemes: Sequence[str] | None, stream: Stream) -> dict[str, Entry]:
     return entries
 
 
-def _try(name: str, entry: Entry, stream: Stream, changes: Mapping[str, Any]) -> Learner:
+def usual_schemes(model: Any) -> list[str]:
+    """The schemes of a run that does not name them: all but the atlas."""
+    return names(model, "scheme", "baseline", "bound")
+
+
+def _try(
+    name: str, entry: Entry, stream: Stream, model: nn.Module, changes: Mapping[str, Any]
+) -> Learner:
     """A learner. Raises ValueError if it cannot be made, or one of one's own cannot answer."""
-    model = make_backbone(stream)
     if not entry.source:
         return entry.make(model, stream, **changes)  # raises on a bad setting
     try:
@@ -217,11 +330,13 @@ def _try(name: str, entry: Entry, stream: Stream, changes: Mapping[str, Any]) ->
         for layer in (layer for _, layer in adapters(model) if type(layer) is entry.scheme):
             if not isinstance(layer.claims, Claims):
                 raise TypeError(f"claims is {layer.claims!r}, allowed: a minimoe.Claims")
-        answers = learner.predict(stream.tasks[0].x_test[:2], 0)
+        x = data.first(stream.tasks[0].test, 2)
+        answers = learner.predict(x, 0)
     except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
-    if answers.shape[0] != 2:
-        raise ValueError(f"{name} gives answers of shape {tuple(answers.shape)} to two inputs")
+    if isinstance(answers, Tensor) and len(answers) != data.count(x):
+        shape = tuple(answers.shape)
+        raise ValueError(f"{name} gives answers of shape {shape} to {data.count(x)} inputs")
     return learner
 
 

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from .continual import streams
-from .continual.streams import Stream
-from .roster import EPOCHS, ROSTER, names
+from .continual.learn import BATCH, LEARNING_RATE
+from .roster import EPOCHS, ROSTER
 from .tools.results import EXACT, parse, read
 
 RUN = "run.json"  # a run's options, in its folder
+# what a run cannot change when it goes on
+FIXED = ("stream", "epochs", "lr", "batch", "optimiser", "backbone", "targets", "device")
 
 
 @dataclass(frozen=True)
 class Options:
     """What a user asks a run for, as run.json holds it.
 
-    schemes: as compare.choose takes them, a file by its whole path. changes: settings other than
-    the roster's, for all schemes that have them.
+    stream, schemes, backbone: as compare.compare takes them, a file by its whole path. changes:
+    settings other than the roster's, for all schemes that have them.
     """
 
     stream: str = "permuted-digits"
@@ -29,6 +31,11 @@ class Options:
     seeds: list[int] = field(default_factory=lambda: [0])
     tasks: int = 5
     epochs: int = EPOCHS
+    lr: float = LEARNING_RATE
+    batch: int = BATCH
+    optimiser: str = "AdamW"
+    backbone: str | None = None
+    targets: str | None = None
     device: str = "cpu"
     changes: dict[str, int | float] = field(default_factory=dict)
     __pydantic_config__ = EXACT
@@ -50,7 +57,7 @@ class Options:
         tasks = given.get("tasks", self.tasks)
         if tasks < self.tasks:
             raise ValueError(f"tasks is {tasks}, allowed in this run: {self.tasks} or more")
-        for name in ("stream", "epochs", "device"):
+        for name in FIXED:
             _require_same(name, given.get(name), {getattr(self, name)})
         for name, value in given.get("changes", {}).items():
             usual = {entry.settings[name] for entry in ROSTER.values() if name in entry.settings}
@@ -70,13 +77,12 @@ class Options:
             tasks=tasks,
         )
 
-    def command(self) -> str:
-        """What a user types to have this run."""
-        default, words = Options(), ["minimoe", "compare"]
-        stream = streams.make(self.stream, self.tasks, self.seeds[0])
-        for name in ("stream", "schemes", "seeds", "tasks", "epochs", "device"):
+    def command(self, usual: list[str]) -> str:
+        """What a user types to have this run; `usual` are the schemes of one that names none."""
+        default, words = Options(schemes=usual), ["minimoe", "compare"]
+        for name in ("stream", "schemes", "seeds", "tasks", *FIXED[1:]):
             value = getattr(self, name)
-            if value != (usual_schemes(stream) if name == "schemes" else getattr(default, name)):
+            if value != getattr(default, name):
                 values = value if isinstance(value, list) else [value]
                 words += [f"--{name}", *map(short_name, values)]
         for name, value in self.changes.items():
@@ -84,13 +90,8 @@ class Options:
         return shlex.join(words)
 
 
-def usual_schemes(stream: Stream) -> list[str]:
-    """The schemes of a run that does not name them: all but the atlas."""
-    return names(stream.real, "scheme", "baseline", "bound")
-
-
 def canonical(name: str) -> str:
-    """A scheme as Options hold it: a file by its whole path."""
+    """A name as Options hold it: a file by its whole path."""
     path, colon, in_file = name.rpartition(":")
     return f"{Path(path).resolve()}:{in_file}" if colon else name
 
@@ -105,7 +106,7 @@ def short_name(value: Any) -> str:
 
 def _require_same(name: str, given: Any, there: set[Any]) -> None:
     if given is not None and {given} != there:
-        allowed = ", ".join(map(str, sorted(there)))
+        allowed = ", ".join(map(str, there))
         raise ValueError(
             f"{name} is {given}, allowed in this run: {allowed}; another --out starts anew"
         )

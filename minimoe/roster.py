@@ -16,7 +16,7 @@ from .adapter import Adapter
 from .continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA
 from .continual.learn import AdapterLearner, Learner
 from .continual.learners import TaskLabelLearner
-from .continual.streams import Stream
+from .continual.stream import Stream
 from .lora import LoRA
 from .lora_moe import LoRAMoE
 from .mora import MoRA
@@ -50,7 +50,7 @@ class Entry:
     learner: learner(model, scheme=scheme, **settings) is what lives through a stream; without a
         scheme, learner(model, stream, **settings).
     settings: for the toy streams, as constructor arguments.
-    classes: whether it needs a stream whose answers are classes.
+    needs: what a model must have for it, of what backbones.py names.
     path, source: the file that it comes from, and its fingerprint, if it is none of this package's.
     """
 
@@ -59,7 +59,7 @@ class Entry:
     scheme: type[Adapter] | None = None
     learner: Callable[..., Learner] = AdapterLearner
     settings: Mapping[str, Any] = field(default_factory=dict)
-    classes: bool = False
+    needs: tuple[str, ...] = ()
     path: Path | None = None
     source: str | None = None
 
@@ -110,6 +110,7 @@ ROSTER: dict[str, Entry] = {
         schemes.mor1e.MoR1E,
         schemes.mor1e.MoR1ELearner,
         TOY,
+        needs=("features",),
     ),
     "lora_moe_plugin": Entry(
         "atlas",
@@ -130,6 +131,7 @@ ROSTER: dict[str, Entry] = {
         schemes.mocle.MoCLE,
         schemes.mocle.MoCLELearner,
         {**TOY, "clusters": 8},
+        needs=("features",),
     ),
     "meteora": Entry(
         "atlas",
@@ -160,13 +162,16 @@ ROSTER: dict[str, Entry] = {
     ),
     "zero_shot": Entry("baseline", "no adaptation, the backbone as it is", learner=Learner),
     "class_mean": Entry(
-        "baseline", "nearest class mean of frozen features", learner=ClassMean, classes=True
+        "baseline",
+        "nearest class mean of frozen features",
+        learner=ClassMean,
+        needs=("features", "classes"),
     ),
     "head_only": Entry(
         "baseline",
         "the class embeddings alone learn, task after task",
         learner=HeadOnly,
-        classes=True,
+        needs=("classes",),
     ),
     "lora_grown": Entry(
         "baseline", "ranks added per task, all of them always on", LoRA, settings=TOY
@@ -190,13 +195,13 @@ SCHEMES: dict[str, type[Adapter]] = {
 }
 
 
-def names(real: bool = False, *kinds: Kind) -> list[str]:
-    """The names of these kinds (by default all) that can be carried through a stream, which may be
-    one whose answers are real, not classes."""
+def names(model: Any = None, *kinds: Kind) -> list[str]:
+    """The names of these kinds (by default all); given a model, those that can live in it."""
     return [
         name
         for name, entry in ROSTER.items()
-        if (entry.kind in kinds or not kinds) and not (real and entry.classes)
+        if (entry.kind in kinds or not kinds)
+        and (model is None or all(hasattr(model, need) for need in entry.needs))
     ]
 
 

@@ -38,7 +38,8 @@ import torch
 from minimoe import MoRA
 from minimoe.adapt import adapt, load, save, state
 from minimoe.cli import main
-from minimoe.continual.learn import PRETRAIN, Backbone
+from minimoe.continual.backbones import Backbone
+from minimoe.continual.learn import PRETRAIN
 from minimoe.options import RUN
 from minimoe.tools import plots  # noqa: F401  (before the forks, which then have it)
 from minimoe.tools.files import DRAFT, VERSION, read_json, read_tensors, write_json

@@ -21,7 +21,7 @@ FLOORS = [
     {"continual"},
     {"schemes"},
     {"roster"},
-    {"options"},
+    {"options", "setting"},
     {"compare", "laws", "studies", "bench"},
     {"cli"},
     {"__main__"},

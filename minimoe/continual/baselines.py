@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt import parameters
+from ..adapt import adapters, parameters, survey
 from ..adapter import Adapter, Gate
 from ..claims import Claims
 from ..lora import LoRA
 from ..sparse import rank_scores
-from .learn import AdapterLearner, Backbone, Fit, Learner
+from . import data
+from .data import Inputs
+from .learn import AdapterLearner, Fit, Learner
 from .learners import TaskLabelLearner
-from .streams import Stream, Task
+from .stream import EVALUATED, Stream, Task
 
 
 class ClassMean(Learner):
@@ -27,31 +29,32 @@ class ClassMean(Learner):
     tasks that look different share one mean, and blur it.
     """
 
-    model: Backbone
-
-    def __init__(self, model: Backbone, stream: Stream):
+    def __init__(self, model: Any, stream: Stream):
         super().__init__(model)
         C, F = model.classes.shape
         self.total, self.seen = torch.zeros(2, C, F, dtype=torch.float64), torch.zeros(2, C)
-        self._add(0, stream.base)
+        if stream.base is not None:
+            self._add(0, stream.base)
 
     @torch.no_grad()
     def _add(self, source: int, task: Task) -> None:
         """Count a task's features in: source 0 is the base domain, 1 the stream."""
-        features = self.model.features(task.x_train.to(self.model.classes.device)).double().cpu()
-        self.total[source].index_add_(0, task.y_train.cpu(), features)
-        self.seen[source] += task.y_train.cpu().bincount(minlength=self.seen.shape[1])
+        for x, y in data.batches(task.train, EVALUATED, device=self.model.classes.device):
+            features = data.call(self.model.features, x).double().cpu()
+            self.total[source].index_add_(0, y.cpu(), features)
+            self.seen[source] += y.cpu().bincount(minlength=self.seen.shape[1])
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         self._add(1, stream.tasks[t])
 
-    def predict(self, x: Tensor, j: int) -> Tensor:
+    def predict(self, x: Inputs, j: int) -> Tensor:
         source = (self.seen[1] > 0).long()  # (C,)
-        digits = torch.arange(len(source))
-        seen = self.seen[source, digits]  # (C,)
-        mean = self.total[source, digits] / seen.clamp_min(1).unsqueeze(1)  # (C, F)
-        logits = -torch.cdist(self.model.features(x), mean.to(x))
-        return logits.masked_fill(seen.to(x.device) == 0, -torch.inf)
+        classes = torch.arange(len(source))
+        seen = self.seen[source, classes]  # (C,)
+        mean = self.total[source, classes] / seen.clamp_min(1).unsqueeze(1)  # (C, F)
+        features = data.call(self.model.features, x)
+        logits = -torch.cdist(features, mean.to(features))
+        return logits.masked_fill(seen.to(features.device) == 0, -torch.inf)
 
     def count(self) -> dict[str, int]:
         return {"trainable": 0, "stored": self.total[0].numel(), "active": self.total[0].numel()}
@@ -66,8 +69,6 @@ class ClassMean(Learner):
 
 class HeadOnly(Learner):
     """A linear probe carried through the stream: the class embeddings alone learn."""
-
-    model: Backbone
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         self.model.classes.requires_grad_(True)
@@ -97,16 +98,15 @@ class Joint(AdapterLearner):
     whole_stream = True
 
     def __init__(self, model: Any, stream: Stream, rank: int = 8, **settings: Any):
-        rank = min(rank * len(stream.tasks), *model.fc1.weight.shape)
+        layers, _ = survey(model, getattr(model, "targets", ".*"))
+        narrowest = min(min(n.in_features, n.out_features) for n in layers.values())
+        rank = min(rank * len(stream.tasks), narrowest)
         super().__init__(model, LoRA, grows=False, rank=rank, **settings)
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         if t == len(stream.tasks) - 1:
-            every = [
-                torch.cat([getattr(task, name) for task in stream.tasks])
-                for name in ("x_train", "y_train", "x_test", "y_test")
-            ]
-            fit(self.model, parameters(self.model), Task("all tasks", *every))
+            every = data.together([task.train for task in stream.tasks])
+            fit(self.with_context, parameters(self.model), Task("all tasks", every, every))
 
     def row(self, stream: Stream, learned: int) -> list[float]:
         J = len(stream.tasks)
@@ -142,7 +142,7 @@ class Oracle(TaskLabelLearner):
     def __init__(self, model: nn.Module, scheme: type[Adapter] | None = None, **settings: Any):
         super().__init__(model, scheme or ToldLoRA, **settings)
 
-    def predict(self, x: Tensor, j: int) -> Tensor:
-        layer: Any = self.model.fc1
+    def predict(self, x: Inputs, j: int) -> Any:
+        _, layer = next(adapters(self.model))
         self.label = min(j, layer.ranks // layer.rank)  # beyond those learned all are alike
         return super().predict(x, j)

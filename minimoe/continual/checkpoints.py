@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..tools.files import read_tensors, write_tensors
 from ..tools.results import EXACT, parse
-from .streams import Stream
+from .stream import Stream
 
 
 @dataclass(frozen=True)

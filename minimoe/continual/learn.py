@@ -4,13 +4,12 @@ import copy
 import dataclasses
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapt import (
@@ -26,63 +25,34 @@ from ..adapt import (
 )
 from ..adapter import Adapter
 from ..tools import parallel
+from . import data
+from .backbones import mlp
 from .checkpoints import Checkpoints, Header
+from .data import Inputs
 from .probe import Recorder
-from .streams import CLASSES, Stream, Task
+from .stream import Stream, Task, evaluate, loss
+from .stream import score as score
 
 BATCH = 64
 LEARNING_RATE = 3e-3
 PRETRAIN: dict[str, Any] = {"epochs": 40, "lr": 1e-3}
-PROBES = 64  # test images of each task at which the recorder looks
+PROBES = 64  # test examples of each task at which the recorder looks
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": partial(torch.optim.AdamW, weight_decay=0.0),
+    "Adam": torch.optim.Adam,
+    "SGD": torch.optim.SGD,
+}
 
 
-class Backbone(nn.Module):
-    """A small network to adapt: three linear layers (64-128-128-64), and frozen class embeddings
-    as the head, as CLIP's text side is.
-
-        logits = features(x) Cᵀ             C (classes, 64), one embedding per class
-
-    Every linear layer reads LayerNorm's output, as in a transformer. That matters to a signed
-    score: inputs with a common mean (plain ReLU's) excite the same ranks whatever the task.
-    """
-
-    def __init__(self, classes: int = CLASSES, widths: tuple[int, ...] = (64, 128, 128, 64)):
-        super().__init__()
-        self.fc1, self.fc2, self.fc3 = map(nn.Linear, widths, widths[1:])
-        self.classes = nn.Parameter(torch.randn(classes, widths[-1]) / math.sqrt(widths[-1]))
-
-    def features(self, x: Tensor) -> Tensor:
-        h = self.fc1(F.layer_norm(x, x.shape[-1:]))
-        h = self.fc2(F.layer_norm(F.relu(h), h.shape[-1:]))
-        return self.fc3(F.layer_norm(F.relu(h), h.shape[-1:]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.features(x) @ self.classes.T
-
-
-def make_backbone(stream: Stream) -> nn.Module:
-    """The network to pretrain for a stream: where answers are vectors, one linear layer, fc1."""
-    if not stream.real:
-        return Backbone(stream.classes)
-    D, O = stream.base.x_train.shape[1], stream.base.y_train.shape[1]
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(D, O, bias=False)))
-
-
-def loss(answers: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of logits (N, C) for digits (N,); mean squared error of vectors (N, O). Of no
-    samples 0."""
-    if not len(y):
-        return answers.sum()
-    return F.mse_loss(answers, y) if y.is_floating_point() else F.cross_entropy(answers, y)
-
-
-def score(answers: Tensor, y: Tensor) -> float:
-    """Accuracy of logits (N, C) for digits (N,). Of vectors ŷ (N, O) for y, the share explained,
-    1 - Σ‖ŷ - y‖² / Σ‖y‖²: 1 at best, 0 for answering 0, no lower limit."""
-    if y.is_floating_point():
-        y = y.double()
-        return 1 - ((answers - y).square().sum() / y.square().sum()).item()
-    return (answers.argmax(-1) == y).double().mean().item()
+def require_training(epochs: int, lr: float, batch: int, optimiser: str) -> None:
+    """Raise ValueError unless `train` can take these."""
+    for name, value in {"epochs": epochs, "batch": batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, allowed: 1 or more")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr}, allowed: 0 or more")
+    if optimiser not in OPTIMISERS:
+        raise ValueError(f"optimiser is {optimiser!r}, allowed: {', '.join(OPTIMISERS)}")
 
 
 def train(
@@ -93,46 +63,79 @@ def train(
     seed: int,
     lr: float = LEARNING_RATE,
     where: str = "training",
+    *,
+    batch: int = BATCH,
+    optimiser: str = "AdamW",
+    loss: Callable[..., Tensor] = loss,
 ) -> int:
-    """Fit weights to one task with a fresh AdamW (no decay): `loss`, among all classes, plus the
-    adapters' auxiliary losses. The seed decides the order of the batches, of which each process
-    takes its part (parallel.py). Returns how many steps it took.
+    """Fit weights to one task with a fresh optimiser (no decay): the loss, plus the adapters'
+    auxiliary losses. The seed decides the order of the batches, of which each process takes its
+    part (parallel.py). (A DataLoader has its own batches, in its own order.) Returns how many steps
+    it took.
 
-    Raises FloatingPointError, before the step is taken, if the loss is no finite number.
+    Raises FloatingPointError, before the step is taken, if the loss is no finite number; ValueError
+    as `require_training` does.
     """
+    require_training(epochs, lr, batch, optimiser)
     weights = list(weights)
-    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    device = weights[0].device if weights else None
+    steps = OPTIMISERS[optimiser](weights, lr=lr)
     order = torch.Generator().manual_seed(seed)
-    x, y = task.x_train, task.y_train
-    mine = slice(parallel.process(), None, parallel.processes())
     model.train()
     step = 0
     for _ in range(epochs):
-        for all_rows in torch.randperm(len(y), generator=order).to(y.device).split(BATCH):
-            rows = all_rows[mine]
-            share = len(rows) * parallel.processes() / len(all_rows)  # 1, but for a last batch
-            with context(model) as batch:
-                total = share * loss(model(x[rows]), y[rows]) + batch.aux_loss
+        for x, y in data.batches(task.train, batch, order, device):
+            n = data.count(x)
+            if parallel.processes() > 1:
+                mine = slice(parallel.process(), None, parallel.processes())
+                x, y = data.take(x, mine), data.take(y, mine)
+            share = data.count(x) * parallel.processes() / n  # 1, but for a last batch
+            with context(model) as passes:
+                total = share * loss(data.call(model, x), y) + passes.aux_loss
             step += 1
             if not torch.isfinite(total):
                 raise FloatingPointError(f"{where}, step {step}: the loss is {total.item()}")
-            optimiser.zero_grad()
+            steps.zero_grad()
             total.backward()
             parallel.average(weights)
-            optimiser.step()
+            steps.step()
             after_step(model)
     model.eval()
     return step
 
 
-def pretrain(stream: Stream, seed: int, device: torch.device | str = "cpu") -> Any:
-    """A backbone that knows the stream's base domain, with every weight frozen."""
+def make_backbone(stream: Stream, make: Callable[[Stream], nn.Module] | None = None) -> Any:
+    """The model of a stream, not trained yet: by `make`, else by the stream's own, else a Backbone
+    for what is in a row."""
+    make = make or stream.model or mlp
+    model = make(stream)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}, allowed: a torch.nn.Module")
+    return model
+
+
+def pretrain(
+    stream: Stream,
+    seed: int,
+    device: torch.device | str = "cpu",
+    make: Callable[[Stream], nn.Module] | None = None,
+    targets: str | None = None,
+) -> Any:
+    """A backbone that knows the stream's base domain, if it has one, with every weight frozen.
+
+    make: makes the model (as in `make_backbone`), the seed deciding what it draws. targets: the
+    pattern for its adapted layers, if not the model's own.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = make_backbone(stream).to(device)
-    where = f"pretraining on {stream.base.name}"
-    train(model, model.parameters(), stream.base.to(device), seed=seed, where=where, **PRETRAIN)
-    return model.requires_grad_(False)
+        model = make_backbone(stream, make).to(device)
+    if targets is not None:
+        model.targets = targets
+    if stream.base is not None:
+        where = f"pretraining on {stream.base.name}"
+        how = {**PRETRAIN, **stream.pretraining, "loss": stream.loss}
+        train(model, model.parameters(), stream.base.to(device), seed=seed, where=where, **how)
+    return model.eval().requires_grad_(False)
 
 
 Fit = Callable[[nn.Module, Iterable[Tensor], Task], None]  # trains weights on a task
@@ -152,16 +155,20 @@ class Learner:
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         """Learn task t, those before it having been learned; fit(model, weights, task) trains."""
 
-    def predict(self, x: Tensor, j: int) -> Tensor:
-        """Logits (N, C), or vectors (N, O), for inputs x (N, D) of task j, which only an oracle may
-        look at."""
-        return self.model(x)
+    def predict(self, x: Inputs, j: int) -> Any:
+        """The model's answers, such as logits (N, C), for inputs x (N, ...) of task j, which only
+        an oracle may look at."""
+        return data.call(self.model, x)
 
     @torch.no_grad()
     def row(self, stream: Stream, learned: int) -> list[float]:
         """The score on every task of the stream, now that the first `learned` are learned."""
+        device = next(self.model.parameters()).device
         self.model.eval()
-        return [score(self.predict(k.x_test, j), k.y_test) for j, k in enumerate(stream.tasks)]
+        return [
+            evaluate(partial(self.predict, j=j), task.test, stream.score, device)
+            for j, task in enumerate(stream.tasks)
+        ]
 
     def count(self) -> dict[str, int]:
         return {"trainable": 0, "stored": 0, "active": 0}
@@ -175,7 +182,8 @@ class Learner:
 
 
 class AdapterLearner(Learner):
-    """Every linear layer of the backbone under one scheme; between tasks it grows, or does not.
+    """The backbone's layers (`targets`, backbones.py) under one scheme; between tasks it grows, or
+    does not.
 
     Schemes that need more of a learner than that have one of their own, in their own file.
     """
@@ -184,21 +192,27 @@ class AdapterLearner(Learner):
         self, model: nn.Module, scheme: type[Adapter], grows: bool = True, **settings: Any
     ):
         super().__init__(model)
-        adapt(model, scheme, targets=r"fc\d", **settings)
+        adapt(model, scheme, targets=getattr(model, "targets", ".*"), **settings)
         self.grows = grows
-        self.with_context = WithContext(model, self.context)
+        self.with_context = WithContext(model, self._context)
 
-    def context(self, x: Tensor) -> dict[str, Tensor]:
-        """The context that the adapters need of inputs x (N, D), in training and at test."""
+    def context(self, x: Inputs) -> dict[str, Tensor]:
+        """The context that the adapters need of inputs x (N, ...), in training and at test."""
         return {}
+
+    def _context(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Beside it, which tokens count."""
+        x = args[0] if args else kwargs
+        mask = data.token_mask(x)
+        return self.context(x) if mask is None else {"mask": mask, **self.context(x)}
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         if t and self.grows:
             grow(self.model)
         fit(self.with_context, parameters(self.model), stream.tasks[t])
 
-    def predict(self, x: Tensor, j: int) -> Tensor:
-        return self.with_context(x)
+    def predict(self, x: Inputs, j: int) -> Any:
+        return data.call(self.with_context, x)
 
     def count(self) -> dict[str, int]:
         return count(self.model)
@@ -239,6 +253,7 @@ def run_stream(
     name: str = "learner",
     checkpoints: Checkpoints | None = None,
     done: Callable[[int], None] = lambda tasks: None,
+    how: Mapping[str, Any] | None = None,
 ) -> Run:
     """Make a learner of (a copy of) a pretrained backbone, and carry it through the stream.
 
@@ -247,11 +262,13 @@ def run_stream(
         checkpoints: where to write what it knows after every task, and to go on from. A task that
             was cut off is learned again from its start, to the same bits.
         done: called with the number of tasks that are newly finished.
+        how: arguments of `train`, where they are not its defaults: lr, batch, optimiser.
 
     Raises ValueError on a checkpoint that is damaged or of another run; FloatingPointError as
     `train` does, naming scheme, task and step.
     """
-    stream = dataclasses.replace(stream, tasks=tuple(task.to(device) for task in stream.tasks))
+    stream = dataclasses.replace(stream, tasks=[task.to(device) for task in stream.tasks])
+    how = {**(how or {}), "loss": stream.loss}
     J = len(stream.tasks)
     with torch.random.fork_rng():
         torch.manual_seed(task_seed(seed, 0))
@@ -260,11 +277,13 @@ def run_stream(
             checkpoints = checkpoints.of_all(J)
         matrix = torch.full((J + 1, J), torch.nan, dtype=torch.float64)
         seconds, training, steps = 0.0, 0.0, 0
-        recorder = Recorder([task.x_test[:PROBES] for task in stream.tasks])
+        recorder = Recorder(
+            [data.to(data.first(task.test, PROBES), device) for task in stream.tasks]
+        )
 
         def measure(i: int) -> None:
             """Fill row i."""
-            matrix[i] = torch.tensor(learner.row(stream, i))
+            matrix[i] = torch.tensor(learner.row(stream, i), dtype=torch.float64)
             if matrix[i].isnan().any():
                 recorder.skip(learner.model)
             else:
@@ -286,7 +305,7 @@ def run_stream(
             def fit(model: nn.Module, weights: Iterable[Tensor], task: Task, t: int = t) -> None:
                 nonlocal training, steps
                 where, start = f"{name}, task {t + 1} ({task.name})", time.perf_counter()
-                steps += train(model, weights, task, epochs, task_seed(seed, t), where=where)
+                steps += train(model, weights, task, epochs, task_seed(seed, t), where=where, **how)
                 training += time.perf_counter() - start
 
             learner.learn(stream, t, fit)

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Adapter
+from . import data
+from .data import Inputs
 from .learn import AdapterLearner, Fit
-from .streams import Stream, Task
+from .stream import EVALUATED, Stream, Task
 
 
 class TaskLabelLearner(AdapterLearner):
@@ -22,8 +24,8 @@ class TaskLabelLearner(AdapterLearner):
 
     label = 0
 
-    def context(self, x: Tensor) -> dict[str, Tensor]:
-        return {"label": torch.full(x.shape[:1], self.label, device=x.device)}
+    def context(self, x: Inputs) -> dict[str, Tensor]:
+        return {"label": torch.full((data.count(x),), self.label, device=data.device_of(x))}
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         self.label = t
@@ -40,17 +42,19 @@ class EmbeddingLearner(AdapterLearner):
         super().__init__(model, scheme, **settings)
 
     @torch.no_grad()
-    def embed(self, x: Tensor) -> Tensor:
-        """(N, F), of length 1: the backbone's features; of a model that has none, x."""
-        features = getattr(self.frozen, "features", nn.Identity())
-        return F.normalize(features(x), dim=-1)
+    def embed(self, x: Inputs) -> Tensor:
+        """(N, F), of length 1: the backbone's features."""
+        features: Any = self.frozen.features
+        return F.normalize(data.call(features, x), dim=-1)
 
     def centres(self, task: Task) -> Tensor:
         """k-means centres (clusters, F) of a task's embeddings. (scikit-learn's, with its own
         random state from torch's, so that a run repeats.)"""
         from sklearn.cluster import KMeans  # not at the top: it takes as long to import as torch
 
-        e = self.embed(task.x_train)
+        device = next(self.frozen.parameters()).device
+        every = data.batches(task.train, EVALUATED, device=device)
+        e = torch.cat([self.embed(x) for x, _ in every])
         state = int(torch.randint(2**31, ()))
         kmeans = KMeans(self.clusters, n_init=3, random_state=state).fit(e.double().cpu().numpy())
         return torch.as_tensor(kmeans.cluster_centers_, dtype=e.dtype, device=e.device)

@@ -25,24 +25,71 @@ Axes: N inputs, J tasks, D in, O out, R ranks in all, r ranks per task, Q rank o
 """
 
 import copy
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..lora_moe import LoRAMoE
 from ..mora import MoRA
 from ..tools.results import Reachable
-from .learn import score
 from .probe import dense_gate
-from .streams import Stream
+from .stream import Stream, Task, score
 
 Q = 4
 LONG, LEAN = 30.0, 0.003  # of router rows; of keys: further on nothing changes
 
 Data = list[tuple[Tensor, Tensor]]  # x (N, D) and e (N, O) of each task
+
+
+def planted(tasks: int, seed: int) -> Stream:
+    """a linear teacher, changed for each task at rank 4 on a subspace of its own: what each scheme
+    can reach is known (scored by the share of the answer explained)"""
+    D, M = 64, 12  # inputs and outputs; dimensions of a subspace
+    draw = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, generator=draw, dtype=torch.float64)
+
+    def task(name: str, W: Tensor, U: Tensor, mean: float, train: int) -> Task:
+        """x = U (a + mean of the first coordinate), a normal; y = W x."""
+        data = []
+        for n in (train, 256):
+            a = normal(n, U.shape[1])
+            a[:, 0] += mean
+            data.append(((a @ U.T).float(), (a @ U.T @ W.T).float()))
+        return Task(name, *data)
+
+    W0 = normal(D, D) / math.sqrt(D)
+    base = task("teacher", W0, torch.eye(D, dtype=torch.float64), 0.0, 4096)
+    made = []
+    for t, U in enumerate(torch.linalg.qr(normal(D, D)).Q.split(M, dim=1)[: min(tasks, 5)]):
+        P, V = (torch.linalg.qr(normal(n, Q)).Q for n in (D, M))
+        made.append(task(f"subspace {t + 1}", W0 + 3 * P @ V.T @ U.T, U, 2.0, 1024))
+    return Stream("planted", made, base, model=_linear, reachable=reachable)
+
+
+class Linear(nn.Module):
+    """One linear layer; its input is all that it knows of one."""
+
+    targets = "fc1"
+
+    def __init__(self, D: int, O: int):
+        super().__init__()
+        self.fc1 = nn.Linear(D, O, bias=False)
+
+    def features(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc1(x)
+
+
+def _linear(stream: Stream) -> nn.Module:
+    task = stream.tasks[0]
+    return Linear(task.x_train.shape[1], task.y_train.shape[1])
 
 
 @torch.no_grad()

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from ..adapt import adapters, parameters
 from ..adapter import require
+from ..continual import data
+from ..continual.data import Inputs
 from ..continual.learn import AdapterLearner, Fit
-from ..continual.streams import Stream
+from ..continual.stream import Stream
 from ..lora import LoRA
 from ..sparse import widened
 
@@ -86,36 +88,40 @@ class EWCLearner(AdapterLearner):
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         super().learn(stream, t, fit)
-        x = stream.tasks[t].x_train
-        fisher = fisher_information(
-            self.model, x[torch.randperm(len(x))[: self.samples].to(x.device)]
-        )
-        for name, layer in adapters(self.model):
+        device = next(self.model.parameters()).device
+        x = data.to(data.some(stream.tasks[t].train, self.samples), device)
+        fisher = fisher_information(self.with_context, x, stream.real)
+        for name, layer in adapters(self.with_context):
             cast(EWC, layer).consolidate(fisher[name])
 
 
-def fisher_information(model: nn.Module, x: Tensor) -> dict[str, dict[str, Tensor]]:
+def fisher_information(
+    model: nn.Module, x: Inputs, real: bool = False
+) -> dict[str, dict[str, Tensor]]:
     """The diagonal of the Fisher information of the adapters' weights, by adapter and weight:
 
         F_i = mean over inputs x of (d ln p(y | x) / d theta_i)²,  y drawn from the model's own p
 
-    p is the softmax of the model's logits (N, C) for x (N, D); for a model whose answers are
-    vectors (one without class embeddings) a normal distribution around them, of deviation 1. One
-    backward pass per input: the square of a batch's gradient is a noisier guess at the same.
+    p is the softmax of the model's logits (N, ..., C) for x (N, ...); where answers are real, a
+    normal distribution around them, of deviation 1. (A loss of the stream's own does not change
+    it.) One backward pass per input: the square of a batch's gradient is a noisier guess at the
+    same.
     """
     weights = parameters(model)
     sums = [torch.zeros_like(w) for w in weights]
-    for one in x.split(1):
-        answer = model(one)
-        if hasattr(model, "classes"):
-            with torch.no_grad():
-                y = torch.multinomial(answer.softmax(-1), 1)
-            log_p = answer.log_softmax(-1).gather(-1, y).sum()
-        else:
+    N = data.count(x)
+    for n in range(N):
+        answer = data.call(model, data.take(x, slice(n, n + 1)))
+        if real:
             y = answer.detach() + torch.randn_like(answer)
             log_p = -(y - answer).square().sum() / 2
+        else:
+            logits = answer.flatten(0, -2)
+            with torch.no_grad():
+                y = torch.multinomial(logits.softmax(-1), 1)
+            log_p = logits.log_softmax(-1).gather(-1, y).sum()
         for total, grad in zip(sums, torch.autograd.grad(log_p, weights), strict=True):
-            total += grad.square() / len(x)
+            total += grad.square() / N
     by_weight = {id(w): total for w, total in zip(weights, sums, strict=True)}
     return {
         name: {

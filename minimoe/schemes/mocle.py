@@ -37,9 +37,10 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
+from ..continual.data import Inputs, count, device_of
 from ..continual.learn import Fit
 from ..continual.learners import EmbeddingLearner
-from ..continual.streams import Stream
+from ..continual.stream import Stream
 
 
 class MoCLE(Adapter):
@@ -116,16 +117,17 @@ class MoCLELearner(EmbeddingLearner):
     ):
         super().__init__(model, scheme, clusters=clusters, **settings)
         self.clusters = clusters
-        first = next(p for p in self.frozen.parameters())  # (out, in), on the model's device
-        self.known = self.embed(first.new_zeros(0, first.shape[1]))  # (0, F)
+        self.known = torch.zeros(0)  # centres (clusters, F), none before any task
 
-    def context(self, x: Tensor) -> dict[str, Tensor]:
-        if not len(self.known):  # before any task
-            return {"cluster": torch.zeros(len(x), dtype=torch.int64, device=x.device)}
-        return {"cluster": torch.cdist(self.embed(x), self.known.to(x)).argmin(-1)}
+    def context(self, x: Inputs) -> dict[str, Tensor]:
+        if not len(self.known):
+            return {"cluster": torch.zeros(count(x), dtype=torch.int64, device=device_of(x))}
+        e = self.embed(x)
+        return {"cluster": torch.cdist(e, self.known.to(e)).argmin(-1)}
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
-        self.known = torch.cat([self.known, self.centres(stream.tasks[t]).to(self.known)])
+        centres = self.centres(stream.tasks[t])
+        self.known = torch.cat([self.known.to(centres), centres]) if len(self.known) else centres
         super().learn(stream, t, fit)
 
     def count(self) -> dict[str, int]:
@@ -137,5 +139,5 @@ class MoCLELearner(EmbeddingLearner):
         return {"known": self.known.clone(), **super().state()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.known = tensors["known"].to(self.known.device)
+        self.known = tensors["known"]
         super().load_state({name: t for name, t in tensors.items() if name != "known"})

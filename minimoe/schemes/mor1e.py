@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from ..adapt import adapters
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
+from ..continual.data import Inputs
 from ..continual.learn import Fit
 from ..continual.learners import EmbeddingLearner
-from ..continual.streams import Stream, Task
+from ..continual.stream import Stream, Task
 
 
 class MoR1E(Adapter):
@@ -90,9 +91,12 @@ class MoR1ELearner(EmbeddingLearner):
     """Life in a stream: every layer's new ranks get the centres of the new task's clusters."""
 
     def __init__(self, model: nn.Module, scheme: type[MoR1E] = MoR1E, **settings: Any):
+        classes = getattr(model, "classes", None)
+        if classes is not None:  # (C, F), as wide as the features
+            settings = {"embedding": classes.shape[1], **settings}
         super().__init__(model, scheme, **settings)
 
-    def context(self, x: Tensor) -> dict[str, Tensor]:
+    def context(self, x: Inputs) -> dict[str, Tensor]:
         return {"embedding": self.embed(x)}
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:

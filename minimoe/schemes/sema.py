@@ -42,8 +42,9 @@ from torch import Tensor, nn
 from ..adapt import adapters
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
+from ..continual import data
 from ..continual.learn import AdapterLearner, Fit
-from ..continual.streams import Stream, Task
+from ..continual.stream import EVALUATED, Stream, Task
 from ..sparse import widened
 from ..tools.parallel import sum_over_processes
 
@@ -157,7 +158,7 @@ class SEMALearner(AdapterLearner):
             self._train(layers, task, fit)
             return
         for layer in layers:
-            if layer.surprised(self._seen(layer, task.x_train)):
+            if layer.surprised(self._seen(layer, task)):
                 layer.grow()
                 self._train([layer], task, fit)
 
@@ -166,15 +167,22 @@ class SEMALearner(AdapterLearner):
         fit(self.with_context, [w for n in layers for w in (n.A, n.B, n.router)], task)
         fit(self.with_context, [w for n in layers for w in (n.P, n.Q)], task)
         for layer in layers:
-            layer.settle(self._seen(layer, task.x_train))
+            layer.settle(self._seen(layer, task))
 
     @torch.no_grad()
-    def _seen(self, layer: SEMA, x: Tensor) -> Tensor:
-        """The layer's inputs when the model is called on x."""
+    def _seen(self, layer: SEMA, task: Task) -> Tensor:
+        """The means m of the layer's inputs from a task, padding left out: (samples, 1, D), or
+        (samples, D) where there are no tokens."""
         seen: list[Tensor] = []
-        hook = layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = layer.samples_first(inputs[0])
+            seen.append(sample_mean(x, layer.mask(x))[0])
+
+        hook = layer.register_forward_pre_hook(keep)
         try:
-            self.model(x)
+            for x, _ in data.batches(task.train, EVALUATED, device=layer.B.device):
+                data.call(self.with_context, x)
         finally:
             hook.remove()
         return torch.cat(seen)

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..adapter import Adapter
 from ..continual import streams
-from ..continual.learn import AdapterLearner, Backbone, pretrain, run_stream
+from ..continual.backbones import Backbone
+from ..continual.learn import AdapterLearner, pretrain, run_stream
 from ..continual.metrics import acc, bwt
 from ..continual.probe import PROBLEMS
 from ..roster import ROSTER, SCHEMES

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..adapt import adapt, context, count, grow, parameters
 from ..bench.clock import Clock
-from ..continual.learn import BATCH, Backbone
-from ..continual.streams import CLASSES
+from ..continual.backbones import Backbone
+from ..continual.digits import CLASSES
+from ..continual.learn import BATCH
 from ..roster import EPOCHS, SCHEMES
 from ..tools.results import Panel
 from .common import (

@@ -48,6 +48,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     measured, model, backbone = run_cell(cell)
     seen = streams.make(PERMUTED, cell["tasks"], cell["seed"])
     beyond = streams.make(PERMUTED, cell["tasks"] + 1, cell["seed"]).tasks[-1]
+    assert seen.base is not None
     noise = torch.rand(
         len(beyond.x_test), 64, generator=torch.Generator().manual_seed(cell["seed"])
     )

@@ -22,8 +22,9 @@ SAMPLES = 129  # two batches, and one of a single sample: one of two processes t
 
 
 def shortened(task):
-    data = [getattr(task, n)[:SAMPLES] for n in ("x_train", "y_train", "x_test", "y_test")]
-    return streams.Task(task.name, *(t.double() if t.is_floating_point() else t for t in data))
+    parts = [[t[:SAMPLES] for t in part] for part in (task.train, task.test)]
+    parts = [[t.double() if t.is_floating_point() else t for t in part] for part in parts]
+    return streams.Task(task.name, *parts)
 
 
 def learned(backbone, stream):
@@ -59,7 +60,7 @@ def gradient_of_three_samples():
     model = torch.nn.Linear(1, 1, bias=False).double()
     torch.nn.init.ones_(model.weight)
     x = torch.tensor([[1.0], [2.0], [6.0]], dtype=torch.float64)
-    train(model, [model.weight], streams.Task("", x, 0 * x, x, 0 * x), 1, seed=0)
+    train(model, [model.weight], streams.Task("", (x, 0 * x), (x, 0 * x)), 1, seed=0)
     return model.weight.grad.item()
 
 

@@ -8,9 +8,10 @@ import torch
 from minimoe import LoRA, LoRAMoE, MoRA
 from minimoe.adapt import context
 from minimoe.continual import streams
+from minimoe.continual.backbones import Backbone
 from minimoe.continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA
 from minimoe.continual.checkpoints import Checkpoints
-from minimoe.continual.learn import AdapterLearner, Backbone, Learner, pretrain, run_stream, train
+from minimoe.continual.learn import AdapterLearner, Learner, pretrain, run_stream, train
 from minimoe.tools.files import read_tensors, write_tensors
 
 STREAM = streams.make("permuted-digits", 3, seed=1)

