@@ -63,13 +63,13 @@ def score(answers: Tensor, y: Tensor) -> float:
 
 
 def evaluate(
-    model: Callable[..., Any], test: Data, score: Callable[..., Any], device: Any = None
+    answer: Callable[[Inputs], Any], test: Data, score: Callable[..., Any], device: Any = None
 ) -> float:
-    """A model's score on all test data, in batches of EVALUATED. A score that is one number counts
-    as the mean over a batch's examples."""
+    """The score of what is answered to all test data, in batches of EVALUATED. A score that is one
+    number counts as the mean over a batch's examples."""
     total = of = 0.0
     for x, y in data.batches(test, EVALUATED, device=device):
-        value = score(data.call(model, x), y)
+        value = score(answer(x), y)
         n = data.count(x)
         part, weight = value if isinstance(value, tuple) else (value * n, n)
         total, of = total + float(part), of + float(weight)
