@@ -82,7 +82,7 @@ class Options:
         default, words = Options(schemes=usual), ["minimoe", "compare"]
         for name in ("stream", "schemes", "seeds", "tasks", *FIXED[1:]):
             value = getattr(self, name)
-            if value != getattr(default, name):
+            if value not in (getattr(default, name), []):  # no schemes: the usual ones
                 values = value if isinstance(value, list) else [value]
                 words += [f"--{name}", *map(short_name, values)]
         for name, value in self.changes.items():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .continual import backbones, data, streams
 from .continual.learn import make_backbone, pretrain
-from .continual.stream import Stream
+from .continual.stream import IGNORED, Stream
+from .continual.stream import loss as usual_loss
 from .tools.fingerprint import of_own
 
 
@@ -43,7 +44,13 @@ class Setting:
         stream = stream_of(self, seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = make_backbone(stream, self.maker())
+            try:
+                model = make_backbone(stream, self.maker())
+            except ValueError:
+                raise
+            except (Exception, SystemExit) as error:  # whatever somebody's function does
+                name = name_of(self.backbone) or f"{stream.name}'s model"
+                raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
             for task in (*stream.tasks, *filter(None, [stream.base])):
                 for part in (task.train, task.test):
                     _try(stream, task.name, model, part)
@@ -105,6 +112,11 @@ def _try(stream: Stream, name: str, model: nn.Module, part: data.Data) -> None:
     except Exception as error:  # whatever somebody's model does
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{stream.name}, {name}: the model fails: {reason}") from error
+    if stream.loss is usual_loss and not y.is_floating_point() and (whole := data.pair(part)):
+        for label in whole[1][whole[1] != IGNORED].aminmax():
+            if not 0 <= label < answers.shape[-1]:
+                most = answers.shape[-1] - 1
+                raise ValueError(f"{stream.name}, {name}: label is {label}, allowed: 0 to {most}")
     if not isinstance(loss, Tensor) or loss.ndim:
         raise ValueError(f"{stream.name}: the loss is {loss!r}, allowed: a tensor of one number")
 

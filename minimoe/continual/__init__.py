@@ -1,1 +1,5 @@
-"""A model's life in a stream of tasks: streams, learners, baselines, measures."""
+"""A learner's life in a stream of tasks: data, learners, training, measures."""
+
+from .stream import Stream, Task
+
+__all__ = ["Stream", "Task"]

@@ -95,6 +95,27 @@ class Attention(nn.Module):
         return self.features(x) @ self.classes.T
 
 
+class Decoder(nn.Module):
+    """A transformer of two blocks that says, after each token, what comes next.
+
+    x (N, T) tokens; answers (N, T, C), logits = h classesᵀ of LayerNorm's h; embeddings of tokens
+    and positions, and `classes`, are no part of what adapters wrap.
+    """
+
+    targets = r"blocks\.\d\.(q|k|v|proj|fc\d)"
+
+    def __init__(self, classes: int, length: int, D: int = 64, heads: int = 4, blocks: int = 2):
+        super().__init__()
+        self.tokens = nn.Parameter(0.5 * torch.randn(classes, D))
+        self.positions = nn.Parameter(0.5 * torch.randn(length, D))
+        self.blocks = nn.Sequential(*[Block(D, heads, causal=True) for _ in range(blocks)])
+        self.classes = nn.Parameter(torch.randn(classes, D) / math.sqrt(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks(self.tokens[x] + self.positions[: x.shape[1]])
+        return F.layer_norm(h, h.shape[-1:]) @ self.classes.T
+
+
 def mlp(stream: Stream) -> Backbone:
     """three linear layers for what is in a row, such as pixels"""
     if stream.real or isinstance(x := data.first(stream.tasks[0].train, 1), dict):

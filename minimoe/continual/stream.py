@@ -76,7 +76,7 @@ def evaluate(
     return total / of if of else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """One task: data to train on, and to test on (data.py says what these may be).
 
@@ -127,7 +127,7 @@ class Task:
         return sorted({c for _, y in every for c in y.unique().tolist()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stream:
     """Tasks in order, and all that a learner's life in them needs.
 

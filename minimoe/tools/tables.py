@@ -25,9 +25,11 @@ forgetting: loss from a task's best. FWT: gain on a task before it is learned. T
 on tasks not yet learned. Average: over all tasks and times. Parameters: trained per task, stored
 at the end, active (read for one token's output). seconds: learning, per seed; ms/step: a step of
 training."""
+REAL_LEGEND = """\
+Here accuracy is the share of the answer explained, 1 - Σ‖ŷ - y‖² / Σ‖y‖²."""
 PLANTED_LEGEND = """\
-Here accuracy is the share of the answer explained, 1 - Σ‖ŷ - y‖² / Σ‖y‖². reachable: the ACC that
-no training can pass, by algebra; with ≥, one that the scheme is shown to be able to express."""
+reachable: the ACC that no training can pass, by algebra; with ≥, one that the scheme is shown to be
+able to express."""
 PROBLEMS_LEGEND = """\
 In the adapted layers, on 64 test images of each task. interference: how far outputs for old tasks
 have moved since each was learned, relative. intrusion: share of their gate's weight that later
@@ -106,11 +108,20 @@ def table(result: CompareResult, width: int | None = None) -> str:
         cells = [cell(scheme[problem]) for problem in PROBLEMS]
         if set(cells) != {"–"}:
             problems.append([name, *cells])
-    legends = [filled(text, width) for text in (LEGEND, *[PLANTED_LEGEND] * planted)]
+    legends = [filled(text, width) for text in (LEGEND, *_score_legend(result, planted))]
     lines = [filled(title(result), width), "", *aligned(rows, width), "", *legends]
     if len(problems) > 1:
         lines += ["", *aligned(problems, width), "", filled(PROBLEMS_LEGEND, width)]
     return "\n".join(lines)
+
+
+def _score_legend(result: CompareResult, planted: bool) -> list[str]:
+    """What accuracy is, where it is none."""
+    score = result.settings.get("score", "accuracy")
+    if score in ("accuracy", "explained"):
+        real = [REAL_LEGEND] * (score == "explained" or planted)
+        return real + [PLANTED_LEGEND] * planted
+    return [f"Here accuracy is the stream's own score, {score}."]
 
 
 def _reachable(known: Reachable | None) -> str:
