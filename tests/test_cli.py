@@ -417,9 +417,12 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
     assert named["layer"] == {"limit", "dense-masked", "mora", "mora detached"}
     assert {"linear", "lora_moe"} < named["beside"]
     assert named["weight gradient"] == {"R 16", "R 128"}
+    for T in (1, 16, 64):
+        assert named[f"8 adapters, T {T}"] == {"loop", "one batch"}
+        assert f"| 8 adapters, T {T} |" in page
     for row in found["rows"]:
         assert row["ms"]["median"] > 0
-        if row["name"] in ("dense", "limit", "linear", "R 16"):
+        if row["name"] in ("dense", "limit", "linear", "R 16", "loop"):
             assert row["ratio"] == {"median": 1.0, "iqr": 0.0}
     # 400 tokens of 128 ranks are more than `auto` computes plainly
     peaks = {r["name"]: r["peak"] for r in found["rows"] if "peak" in r and r["R"] == 128}

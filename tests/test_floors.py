@@ -18,6 +18,7 @@ FLOORS = [
     {"adapter"},
     {"saving"},
     {"", "lora", "lora_moe", "mora", "adapt"},
+    {"many"},
     {"continual"},
     {"schemes"},
     {"roster"},

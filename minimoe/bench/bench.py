@@ -3,7 +3,7 @@
 Everything is timed in one process, interleaved (clock.py). Reported are the median over rounds and
 half the distance between the quartiles, of milliseconds and of ratios.
 
-Four parts:
+Five parts:
 
     up-projection    y = H B alone, each path against dense                             (sparse.py)
     layer            a whole MoRA layer against `limit`, the products that an exact one seems to
@@ -14,6 +14,9 @@ Four parts:
     beside           per token as many active ranks: peft's LoRA, our LoRA-MoE of 8 experts of 16
                      ranks, 2 kept, and the same by torch's grouped_mm; against the plain nn.Linear
     weight gradient  spmm_t for 16 live ranks among ever more, against the fewest
+    8 adapters       64 sequences of T tokens, each answered by one of 8 LoRAs of 8 ranks, in one
+                     batch (many.py); against a loop, which has each adapter's sequences already
+                     apart, and leaves the outputs so. sorted, shuffled: as they stand in the batch
 
 A training step is forward and backward to the input and the 16 live ranks. Which ranks a token
 chooses, R of them in all and K each:
@@ -35,9 +38,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..context import context
 from ..continual.learn import AdapterLearner, pretrain, task_seed, train
 from ..continual.streams import Task, make
+from ..lora import LoRA
 from ..lora_moe import LoRAMoE
+from ..many import Many
 from ..mora import MoRA
 from ..sparse import rank_sparse, spmm_t
 from ..tools.fingerprint import fingerprint
@@ -46,6 +52,8 @@ from .clock import Clock, Contenders, keep_freed_memory, rounds, spread
 LIVE = 16  # ranks in training, of any number
 POOL = 64  # ranks of one task, of which `pool` chooses and by which `recorded` grows
 MOST = 2**24  # of any size
+ADAPTERS, SEQUENCES = 8, 64  # in one batch
+EACH = (1, 16, 64)  # tokens of a sequence
 ROUTINGS = ("random", "pool", "recorded")
 
 
@@ -60,7 +68,7 @@ def bench(
     repeats: int = 9,
     done: Callable[[str, int], None] = lambda label, total: None,
 ) -> dict[str, Any]:
-    """All four parts; the result is what bench.json holds.
+    """All five parts; the result is what bench.json holds.
 
     ranks: R, each at least top_k and LIVE. A routing is left out at an R that it is not made for
     (pool up to R = 64, recorded at no multiple of 64). done(label, total) is called after each of
@@ -99,7 +107,7 @@ def bench(
                 | {"ms": spread(ms), "ratio": spread(ratio)}
                 | {key: value[name] for key, value in more.items() if name in value}
             )
-        done(f"{part}, {which}, R {R}, {routing}", 4 * len(routes) + 3)
+        done(f"{part}, {which}, R {R}, {routing}", 4 * len(routes) + 3 + 2 * len(EACH))
 
     routes = make_routes(ranks, routings, top_k, tokens)
     used: dict[str, int] = {}
@@ -128,6 +136,10 @@ def bench(
         v, dy = torch.randn(tokens, top_k, **kind), torch.randn(tokens, width, **kind)
         gradients[f"R {R}"] = _call(spmm_t, idx, v, dy, R - LIVE, R, "auto")
     measure("weight gradient", "training", LIVE, "random", gradients)
+    for T in EACH:
+        for order in ("sorted", "shuffled"):
+            both = {name: _call(f) for name, f in many_adapters(T, order, width, kind).items()}
+            measure(f"{ADAPTERS} adapters, T {T}", "forward", 8 * ADAPTERS, order, both)
     return {
         "date": datetime.date.today().isoformat(),
         "device": _device_name(device),
@@ -247,6 +259,32 @@ class GroupedMoE(nn.Module):
         out = F.grouped_mm(h, B, offs=ends)
         back = torch.empty_like(out).index_copy(0, order, out).view(T, moe.top_k, -1)
         return moe.base(x) + moe.scale * back.sum(1)
+
+
+def many_adapters(T: int, order: str, width: int, kind: dict[str, Any]) -> Contenders:
+    """x (64, T, D) by 8 LoRAs: one after another, 8 outputs (8, T, O); or in one batch."""
+    base = nn.Linear(width, width, **kind)
+    layer = Many(base).eval()
+    ids = torch.arange(ADAPTERS).repeat_interleave(SEQUENCES // ADAPTERS)
+    if order == "shuffled":
+        ids = ids[torch.randperm(SEQUENCES)]
+    x = torch.randn(SEQUENCES, T, width, **kind)
+    apart: list[tuple[nn.Module, Tensor]] = []
+    for i in range(ADAPTERS):
+        lora = LoRA(base, rank=8).eval()
+        lora.B.data.normal_()
+        layer.many[str(i)] = lora
+        apart.append((lora, x[(ids == i).to(x.device)]))
+
+    def loop() -> list[Tensor]:
+        return [lora(own) for lora, own in apart]
+
+    def one_batch() -> Tensor:
+        with context(layer, adapter=ids):
+            y: Tensor = layer(x)
+        return y
+
+    return {"loop": loop, "one batch": one_batch}
 
 
 def _limit(layer: Any, x: Tensor, which: str) -> Callable[[], None]:

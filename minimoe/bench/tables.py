@@ -101,7 +101,7 @@ routing, {K} of R ranks kept per token. Ratios of times, each to its reference:
   every product, to `limit`.
 
 {ranks}
-
+{many}
 All parts, routings and contenders. used: the ranks that some token chose; MiB: the memory that one
 call holds at most.
 
@@ -110,6 +110,13 @@ call holds at most.
 ```
 
 ![Time of each contender against the ranks in all]({picture})
+"""
+
+
+MANY = """
+Many adapters in one batch, forward: 64 sequences of T tokens, each answered by its own of 8 LoRAs
+of 8 ranks. Time of the batch over that of a loop, which runs each adapter's sequences on their own,
+already apart. sorted, shuffled: how they stand in the batch.
 """
 
 
@@ -174,6 +181,7 @@ def page(result: dict[str, Any], command: str, picture: str) -> str:
         routing=_first_routing(result),
         K=result["top_k"],
         ranks="\n".join(ratios(result)),
+        many=_many(result),
         table=table(result),
         picture=picture,
     )
@@ -189,10 +197,26 @@ def ratios(result: dict[str, Any]) -> list[str]:
     }
     lines = [f"| R | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for R in sorted({R for part, _, _, R in cells if part == "layer"}):
-        medians = [cells[*column, R] for column in COLUMNS.values()]
-        numbers = [f"{ratio:.{_digits(ratio)}f}".removeprefix("0") for ratio in medians]
+        numbers = [_short(cells[*column, R]) for column in COLUMNS.values()]
         lines.append(f"| {R} | {' | '.join(numbers)} |")
     return lines
+
+
+def _many(result: dict[str, Any]) -> str:
+    """The paragraph and the table of many adapters; nothing for a result from before them."""
+    rows = [row for row in result["rows"] if row["name"] == "one batch"]
+    if not rows:
+        return ""
+    orders = list(dict.fromkeys(row["routing"] for row in rows))
+    lines = [f"| one batch / loop | {' | '.join(orders)} |", "|---" * (1 + len(orders)) + "|"]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        numbers = [_short(row["ratio"]["median"]) for row in rows if row["part"] == part]
+        lines.append(f"| {part} | {' | '.join(numbers)} |")
+    return "\n".join([MANY, *lines, ""])
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.{_digits(ratio)}f}".removeprefix("0")
 
 
 def _first_routing(result: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """What `minimoe bench` times is what it says it times; that it is fast is never asserted here."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -51,6 +53,45 @@ def test_pefts_lora_has_as_many_active_ranks():
     layers = bench.beside(32, 12, {"device": "cpu", "dtype": torch.float32})
     assert isinstance(layers["peft lora"], peft.tuners.lora.Linear)
     assert layers["peft lora"].lora_A["default"].weight.shape == (12, 32)
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+def test_the_batch_of_many_adapters_is_the_loop(order):
+    contenders = bench.many_adapters(3, order, 16, KIND)
+    assert list(contenders) == ["loop", "one batch"]
+    apart, together = (f() for f in contenders.values())
+    assert [tuple(y.shape) for y in apart] == 8 * [(8, 3, 16)]
+
+    def rows(y):
+        return sorted(y.detach().flatten(1).tolist())
+
+    assert torch.allclose(torch.tensor(rows(torch.cat(apart))), torch.tensor(rows(together)))
+    assert torch.allclose(torch.cat(apart), together) == (order == "sorted")
+
+
+def test_the_page_shows_many_adapters_if_they_were_timed():
+    timed = {"pass": "forward", "R": 64, "ms": {"median": 1.0, "iqr": 0.0}}
+    ratio = iter((0.5, 0.61, 0.072, 1.25))
+    rows = [
+        {**timed, "part": f"8 adapters, T {T}", "routing": order, "name": name}
+        | {"ratio": {"median": 1.0 if name == "loop" else next(ratio), "iqr": 0.0}}
+        for T in (1, 16)
+        for order in ("sorted", "shuffled")
+        for name in ("loop", "one batch")
+    ]
+    stored = bench.read(Path(__file__).parents[2] / "tutorials" / "results" / "bench-cpu.json")
+    old = [row for row in stored["rows"] if row["name"] != "one batch"]
+    before, now = (bench.page(stored | {"rows": r}, "x", "y.png") for r in (old, old + rows))
+    table = """
+| one batch / loop | sorted | shuffled |
+|---|---|---|
+| 8 adapters, T 1 | .50 | .61 |
+| 8 adapters, T 16 | .072 | 1.25 |
+
+All parts"""
+    assert table in now and "one batch" not in before
+    assert "8 adapters, T 1, forward; ratios to loop" in now
+    assert bench.from_json(stored | {"rows": old + rows})["rows"][-1] == rows[-1]
 
 
 def test_routes():
