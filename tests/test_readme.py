@@ -142,7 +142,7 @@ def test_the_unseen_seeds_are_the_stored_result():
         assert abs(float(std) - scheme["acc"]["std"]) <= 0.0005
 
 
-@pytest.mark.parametrize("word", ["layer.grow()", "adapt import"])
+@pytest.mark.parametrize("word", ["layer.grow()", "adapt import", "report(result"])
 def test_the_python_examples_run_and_print_what_they_say(word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = (fence for fence in fences("python") if word in fence)
@@ -179,7 +179,7 @@ def test_the_number_of_laws():
 @pytest.mark.slow
 def test_the_commands_for_a_scheme_of_ones_own_run(tmp_path):
     commands = next(fence for fence in fences("sh") if "new-scheme" in fence)
-    new, check, compare = (line.partition("#")[0].split() for line in commands.splitlines())
+    _, new, check, compare = (line.partition("#")[0].split() for line in commands.splitlines())
     (tmp_path / "test_mine.py").write_text(
         next(fence for fence in fences("python") if "def test_my_gate" in fence)
     )

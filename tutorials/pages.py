@@ -1,9 +1,9 @@
 """Write the pages anew: python tutorials/pages.py
 
-Of the stored results (results/*.json, findings/*.json) and the roster: results/*.md,
-findings/findings.md, and in ../README.md the tables of names and of accuracies. The
-commands write such pages beside their results; this one writes those that are stored here, after a
-scheme or a result was added. The tests hold the stored pages to it.
+Of the stored results (results/*.json, findings/*.json): results/*.md, findings/findings.md, and in
+../README.md the table of accuracies. The commands write such pages beside their results; this one
+writes those that are stored here, after a scheme or a result was added. The tests hold the stored
+pages to it.
 """
 
 import re
@@ -42,27 +42,16 @@ def pages() -> dict[Path, str]:
     made[HERE / "results" / "bench-cpu.md"] = bench_page(bench, BENCH, "bench-cpu.png")
     made[HERE / "findings" / "findings.md"] = findings(study_results())
     readme = HERE.parent / "README.md"
-    made[readme] = with_tables(readme.read_text(encoding="utf-8"))
+    made[readme] = with_table(readme.read_text(encoding="utf-8"))
     return made
 
 
-def with_tables(text: str) -> str:
-    """README with its two tables as they should be."""
-    for head, table in (("kind", kinds()), ("final accuracy", accuracies())):
-        text, n = re.subn(
-            rf"^\| {head} \|.*?\n\n", lambda _, t=table: f"{t}\n\n", text, flags=re.M | re.S
-        )
-        assert n == 1, head
+def with_table(text: str) -> str:
+    """README with its table as it should be."""
+    table = f"{accuracies()}\n\n"
+    text, n = re.subn(r"^\| final accuracy \|.*?\n\n", lambda _: table, text, flags=re.M | re.S)
+    assert n == 1
     return text
-
-
-def kinds() -> str:
-    """The roster by kinds."""
-    names = {kind: [] for kind in dict.fromkeys(entry.kind for entry in ROSTER.values())}
-    for name, entry in ROSTER.items():
-        names[entry.kind].append(name)
-    rows = [f"| {kind} | {', '.join(own)} |" for kind, own in names.items()]
-    return "\n".join(["| kind | names |", "|---|---|", *rows])
 
 
 def accuracies() -> str:
