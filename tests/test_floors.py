@@ -18,7 +18,7 @@ FLOORS = [
     {"adapter"},
     {"saving"},
     {"", "lora", "lora_moe", "mora", "adapt"},
-    {"many"},
+    {"many", "trainer"},
     {"continual"},
     {"schemes"},
     {"roster"},

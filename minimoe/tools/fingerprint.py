@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
-# pictures and words, the commands, and the laws, which decide no number that is kept
-OUTSIDE = ("cli.py", "__main__.py", "laws", "tools/console.py", "tools/plots.py", "tools/tables.py")
+# pictures and words, the commands, the laws, others' loops: they decide no number that is kept
+WORDS = ("tools/console.py", "tools/plots.py", "tools/tables.py")
+OUTSIDE = ("cli.py", "__main__.py", "laws", "trainer.py", *WORDS)
 
 
 @functools.cache
