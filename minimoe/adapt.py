@@ -6,6 +6,12 @@ context, after_step      a batch (context.py); between the optimiser's steps
 grow                     a task ends
 save, load               adapters in a file (saving.py); state, load_state: in memory
 adapters, WithContext    all of them, by name; a model that makes its own context
+
+torch.export and torch.onnx.export take an adapted model in evaluation, with dynamic sizes too. The
+program computes plainly (sparse.py), and runs without this package. A path other than auto and
+plain goes with it as an operator of the package, which ONNX lacks. Context (`needs`) must come from
+the program's inputs: export a WithContext, or a module that opens a `context` in its forward pass.
+With torch 2.6, first set the `path` of all adapters to "plain".
 """
 
 import re

@@ -50,10 +50,16 @@ CROSSOVER = {
 }
 
 
+# whether torch.export runs: torch 2.6 does not say
+exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
 def is_plain(path: str, x: Tensor, R: int) -> bool:
-    """Whether products of tokens x (..., D) with R ranks are computed plainly."""
+    """Whether products of tokens x (..., D) with R ranks are computed plainly. In torch.export auto
+    is plain: a program is for all sizes, and may run where only torch's operators are known."""
     small = SMALL["cuda" if x.is_cuda else "cpu"]
-    return path == "plain" or (path == "auto" and x.shape[:-1].numel() * R <= small)
+    auto = path == "auto" and (exporting() or x.shape[:-1].numel() * R <= small)
+    return auto or path == "plain"
 
 
 TINY = torch.finfo(torch.float32).tiny  # the least norm to divide by
@@ -80,8 +86,8 @@ def rank_sparse(
             A rank named twice counts twice; one that is to say nothing keeps its index and v = 0.
         frozen: (F, O) rows of finished tasks; they get no gradient. F may be 0.
         live: (r, O) rows in training.
-        path: "plain", "dense", "gather", "compact", "triton", or "auto": plain up to `SMALL`,
-            beyond that each product by `CROSSOVER`.
+        path: "plain", "dense", "gather", "compact", "triton", or "auto": plain up to `SMALL` and
+            in torch.export, beyond that each product by `CROSSOVER`.
         check: look at every index first. By default so on a CPU; on a GPU the look waits for the
             device, and without it torch's kernels stop at an index out of range (Triton's read
             nothing there).
@@ -293,7 +299,7 @@ def _operator(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], 
     return register
 
 
-@_operator(lambda idx, v, frozen, live, path: v.new_empty(len(v), live.shape[1]))
+@_operator(lambda idx, v, frozen, live, path: v.new_empty(v.shape[0], live.shape[1]))
 def _spmm(idx: Tensor, v: Tensor, frozen: Tensor, live: Tensor, path: str) -> Tensor:
     """y[t] = sum_k v[t, k] · B[idx[t, k]], (T, O)."""
     B = torch.cat([frozen, live])
