@@ -15,7 +15,7 @@ pytestmark = [  # of strict=True: layers note something of each pass (`use`, `st
     pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
-THREE = names(False, "scheme")
+THREE = names(None, "scheme")
 NEEDS = ["mor1e", "mocle"]  # in evaluation
 SIZES = [(4, 3), (2, 5), (7, 1), (1, 2), (1, 1), (31, 40)]
 BEYOND = (60, 100)  # SMALL, times the 6 ranks of three tasks
