@@ -81,7 +81,7 @@ def test_in_every_way(name, tasks, strict, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strict", [False, True], ids=["loose", "strict"])
+@pytest.mark.parametrize("strict", [False], ids=["loose"])
 @pytest.mark.parametrize("name", [name for name in SCHEMES if name not in [*THREE, *NEEDS]])
 def test_the_atlas(name, strict):
     net = model(name)
@@ -91,7 +91,7 @@ def test_the_atlas(name, strict):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strict", [False, True], ids=["loose", "strict"])
+@pytest.mark.parametrize("strict", [False], ids=["loose"])
 @pytest.mark.parametrize("path", ["plain", "dense", "gather", "compact"])
 @pytest.mark.parametrize("name", ["lora_moe", "mora"])
 def test_a_named_path_goes_with_it(name, path, strict):

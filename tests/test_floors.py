@@ -21,7 +21,7 @@ FLOORS = [
     {"many", "trainer"},
     {"continual"},
     {"schemes"},
-    {"roster"},
+    {"roster", "peft"},
     {"options", "setting"},
     {"compare", "laws", "studies", "bench"},
     {"cli"},

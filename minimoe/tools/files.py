@@ -53,7 +53,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         if fcntl is None:
             file.close()
         os.replace(draft, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def _remove_dead_drafts(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have the folder's new entry on the disk, where a folder can be asked for that."""
     if os.name != "posix":
         return

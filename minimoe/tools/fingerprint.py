@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
-# pictures and words, the commands, the laws, others' loops: they decide no number that is kept
+# pictures and words, the commands, the laws, others' files and loops: they decide no number that is
+# kept
 WORDS = ("tools/console.py", "tools/plots.py", "tools/tables.py")
-OUTSIDE = ("cli.py", "__main__.py", "laws", "trainer.py", *WORDS)
+OUTSIDE = ("cli.py", "__main__.py", "laws", "peft.py", "trainer.py", *WORDS)
 
 
 @functools.cache
