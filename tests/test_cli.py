@@ -386,6 +386,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(small):
     checkpoint.write_bytes(before[checkpoint])
 
 
+@pytest.mark.slow
 def test_a_diverging_run_is_named_and_fails_with_status_1(tmp_path):
     args = ["--schemes", "mora", "--tau", "1e-44", *SMALL, "--out", "run"]
     done = minimoe("compare", *args, cwd=tmp_path)

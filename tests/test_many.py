@@ -209,6 +209,7 @@ def test_it_is_for_use_only(tmp_path):
         in_one_batch(net.train(), IDS, torch.randn(9, 7).double())
 
 
+@pytest.mark.slow
 def test_unwrap_gives_the_plain_model(tmp_path):
     net, x = plain(), torch.randn(3, 7).double()
     before, y = [type(m) for m in net.modules()], net(x)
@@ -221,6 +222,7 @@ def test_unwrap_gives_the_plain_model(tmp_path):
     assert [type(m) for m in net.modules()] == before and torch.equal(net(x), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_go_where_the_model_goes(dtype, tmp_path):
     files, alone = made(tmp_path, ADAPTERS)

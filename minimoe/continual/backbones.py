@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         return self.features(x) @ self.classes.T
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """A transformer's block: attention, then two linear layers, each beside a residual.
 
         h = x + proj(attention(q, k, v))    q, k, v of LN(x); `heads` heads
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         super().__init__()
         self.embed = nn.Linear(4, D)
         self.positions = nn.Parameter(0.02 * torch.randn(16, D))
-        self.block = Block(D, heads)
+        self.block = TransformerBlock(D, heads)
         self.classes = nn.Parameter(torch.randn(classes, D) / math.sqrt(D))
 
     def features(self, x: Tensor) -> Tensor:
@@ -108,7 +108,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.tokens = nn.Parameter(0.5 * torch.randn(classes, D))
         self.positions = nn.Parameter(0.5 * torch.randn(length, D))
-        self.blocks = nn.Sequential(*[Block(D, heads, causal=True) for _ in range(blocks)])
+        self.blocks = nn.Sequential(
+            *[TransformerBlock(D, heads, causal=True) for _ in range(blocks)]
+        )
         self.classes = nn.Parameter(torch.randn(classes, D) / math.sqrt(D))
 
     def forward(self, x: Tensor) -> Tensor:

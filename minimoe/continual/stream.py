@@ -31,7 +31,7 @@ def loss(answers: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(answers.flatten(0, -2), y.flatten(), ignore_index=IGNORED)
 
 
-def accuracy(answers: Tensor, y: Tensor) -> Ratio:
+def share_right(answers: Tensor, y: Tensor) -> Ratio:
     """How often the largest of the logits (..., C) is that of the class y (...)."""
     return (answers.argmax(-1) == y).sum(), (y != IGNORED).sum()
 
@@ -52,8 +52,8 @@ def minus_bits(answers: Tensor, y: Tensor) -> Ratio:
 
 
 def usual_score(answers: Tensor, y: Tensor) -> Ratio:
-    """`explained` of real answers, else `accuracy`."""
-    return explained(answers, y) if y.is_floating_point() else accuracy(answers, y)
+    """`explained` of real answers, else `share_right`."""
+    return explained(answers, y) if y.is_floating_point() else share_right(answers, y)
 
 
 def score(answers: Tensor, y: Tensor) -> float:

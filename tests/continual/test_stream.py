@@ -14,7 +14,7 @@ from minimoe.continual import Stream, Task, data
 from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, train
 from minimoe.continual.stream import (
     IGNORED,
-    accuracy,
+    share_right,
     evaluate,
     explained,
     loss,
@@ -122,7 +122,7 @@ def test_a_stream_without_tasks_or_with_two_of_one_name_is_refused():
 def test_scores_by_hand():
     logits = torch.tensor([[[0.0, 0.0], [0.0, math.log(3)]], [[9.0, 0.0], [0.0, 9.0]]])
     y = torch.tensor([[0, 1], [1, IGNORED]])
-    right, of = accuracy(logits, y)
+    right, of = share_right(logits, y)
     assert (right, of) == (2, 3)  # the third is wrong, the fourth is left out
     # 1 bit, and -log2(3/4), and that of 1 in 1 + e^9
     bits, of = minus_bits(logits, y)

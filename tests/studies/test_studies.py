@@ -251,6 +251,7 @@ def test_a_killed_study_repeats_no_finished_cell(tmp_path):
     assert (tmp_path / "a" / "grain.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_what_a_carried_cell_says():
     found = carried(TINY | MORA)  # A, B, A again
     assert len(found["seen"]) == 3 and found["seen"][-1] == pytest.approx(found["acc"])
