@@ -330,7 +330,7 @@ def _try(
         for layer in (layer for _, layer in adapters(model) if type(layer) is entry.scheme):
             if not isinstance(layer.claims, Claims):
                 raise TypeError(f"claims is {layer.claims!r}, allowed: a minimoe.Claims")
-        x = data.first(stream.tasks[0].test, 2)
+        x = data.leading(stream.tasks[0].test, 2)
         answers = learner.predict(x, 0)
     except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error

@@ -120,14 +120,14 @@ class Decoder(nn.Module):
 
 def mlp(stream: Stream) -> Backbone:
     """three linear layers for what is in a row, such as pixels"""
-    if stream.real or isinstance(x := data.first(stream.tasks[0].train, 1), dict):
+    if stream.real or isinstance(x := data.leading(stream.tasks[0].train, 1), dict):
         raise ValueError(f"no model for {stream.name}: mlp is for tensors that belong to classes")
     return Backbone(stream.label_space(), (x.flatten(1).shape[1], 128, 128, 64))
 
 
 def attention(stream: Stream) -> Attention:
     """a transformer of one block for 8×8 images, of 16 tokens"""
-    x = None if stream.real else data.first(stream.tasks[0].train, 1)
+    x = None if stream.real else data.leading(stream.tasks[0].train, 1)
     if not isinstance(x, Tensor) or x[0].numel() != 64:
         raise ValueError(f"no model for {stream.name}: attention is for 8×8 images of classes")
     return Attention(stream.label_space())

@@ -86,10 +86,10 @@ def some(data: Data, n: int) -> Inputs:
     if whole is not None:
         x = whole[0]
         return take(x, torch.randperm(count(x))[:n].to(device_of(x)))
-    return first(data, n)
+    return leading(data, n)
 
 
-def first(data: Data, n: int) -> Inputs:
+def leading(data: Data, n: int) -> Inputs:
     """x of the first n examples; of data that come in batches, of the first batch at most."""
     x, _ = next(batches(data, n))
     return take(x, slice(n))

@@ -278,7 +278,7 @@ def run_stream(
         matrix = torch.full((J + 1, J), torch.nan, dtype=torch.float64)
         seconds, training, steps = 0.0, 0.0, 0
         recorder = Recorder(
-            [data.to(data.first(task.test, PROBES), device) for task in stream.tasks]
+            [data.to(data.leading(task.test, PROBES), device) for task in stream.tasks]
         )
 
         def measure(i: int) -> None:

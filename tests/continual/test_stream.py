@@ -14,12 +14,12 @@ from minimoe.continual import Stream, Task, data
 from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, train
 from minimoe.continual.stream import (
     IGNORED,
-    share_right,
     evaluate,
     explained,
     loss,
     minus_bits,
     score,
+    share_right,
 )
 from minimoe.roster import ROSTER
 from minimoe.schemes.smora import SMoRA
@@ -67,7 +67,9 @@ def test_a_seed_decides_the_order_and_no_example_is_lost():
 
 def test_parts_of_data():
     loader = DataLoader(TensorDataset(X, Y), 3)
-    assert torch.equal(data.first((X, Y), 5), X[:5]) and torch.equal(data.first(loader, 5), X[:3])
+    assert torch.equal(data.leading((X, Y), 5), X[:5]) and torch.equal(
+        data.leading(loader, 5), X[:3]
+    )
     torch.manual_seed(0)
     some = data.some(({"x": X}, Y), 4)["x"]
     torch.manual_seed(0)
