@@ -2,8 +2,9 @@
 
 import functools
 import hashlib
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,17 @@ class Setting:
         function, make(stream).
     targets: the pattern for the model's adapted layers, if not its own.
     tasks: how many.
+
+    What it makes for a seed is made once in a process. Another Setting, if only of the same names,
+    makes all anew: files and functions may have changed.
     """
 
-    stream: str | Stream | Callable[[int, int], Stream]
-    backbone: str | Callable[[Stream], nn.Module] | None
-    targets: str | None
-    tasks: int
-    device: str
+    stream: str | Stream | Callable[[int, int], Stream] = field(compare=False)
+    backbone: str | Callable[[Stream], nn.Module] | None = field(compare=False)
+    targets: str | None = field(compare=False)
+    tasks: int = field(compare=False)
+    device: str = field(compare=False)
+    key: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
 
     def maker(self) -> Callable[[Stream], nn.Module] | None:
         return backbones.find(self.backbone) if isinstance(self.backbone, str) else self.backbone
@@ -128,5 +133,5 @@ def _digest(stream: Stream) -> str:
         for part in (task.train, task.test):
             for x in data.pair(part) or ():
                 for tensor in data.tensors(x):
-                    total.update(tensor.cpu().contiguous().numpy().tobytes())
+                    total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:12]

@@ -154,6 +154,15 @@ def test_a_run_does_not_go_on_with_a_file_that_was_changed(home, capsys):
     assert run("--resume --out o", capsys)[0] == 0
 
 
+@pytest.mark.slow
+def test_a_file_that_changes_within_a_process_is_read_again(home):
+    first = compare(home / "a", "wine.py:make", ["zero_shot"], tasks=1, epochs=1)
+    text = WINE.replace("roll(t, 1)", "roll(t + 1, 1)")
+    (home / "wine.py").write_text(text)
+    second = compare(home / "b", "wine.py:make", ["zero_shot"], tasks=1, epochs=1)
+    assert first.schemes["zero_shot"].matrix != second.schemes["zero_shot"].matrix
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

@@ -81,7 +81,7 @@ def train(
     device = weights[0].device if weights else None
     steps = OPTIMISERS[optimiser](weights, lr=lr)
     order = torch.Generator().manual_seed(seed)
-    model.train()
+    _train_mode(model, weights)
     step = 0
     for _ in range(epochs):
         for x, y in data.batches(task.train, batch, order, device):
@@ -102,6 +102,19 @@ def train(
             after_step(model)
     model.eval()
     return step
+
+
+def _train_mode(model: nn.Module, weights: Iterable[Tensor]) -> None:
+    """train(), but for each BatchNorm that is frozen in a model that learns in part: its statistics
+    would move, and are in no checkpoint."""
+    model.train()
+    learning = {id(w) for w in weights}
+    if all(id(p) in learning for p in model.parameters()):
+        return
+    for module in model.modules():
+        own = {id(p) for p in module.parameters(recurse=False)}
+        if hasattr(module, "running_mean") and not own & learning:
+            module.eval()
 
 
 def make_backbone(stream: Stream, make: Callable[[Stream], nn.Module] | None = None) -> Any:

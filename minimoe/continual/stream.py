@@ -1,8 +1,10 @@
 """A stream of tasks: their data, a model to adapt, what it is trained on, and what counts as right.
 
-def make(tasks, seed):
-    data = [...]  # of each task: to train on and to test on
-    return Stream("mine", [Task(f"task {t}", *data[t]) for t in range(tasks)], model=my_model)
+One's own is what a function of a file gives (streams.py), or what `compare` is given:
+
+    def make(tasks, seed):
+        data = [...]  # of each task: to train on and to test on
+        return Stream("mine", [Task(f"task {t}", *data[t]) for t in range(tasks)], model=my_model)
 """
 
 import math

@@ -261,6 +261,23 @@ def test_padding_counts_for_nobody():
     assert learner.model.fc.step.counts.sum() == 2 * tokens < 2 * x["mask"].numel()
 
 
+def test_a_frozen_batch_norm_does_not_move():
+    x, y = torch.randn(30, 4, generator=seed()) + 3, torch.arange(30) % 3
+    task = Task("a", (x, y), (x, y))
+
+    def net(stream):
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3))
+
+    stream = Stream("s", [task], base=Task("base", (x, y), (x, y)), model=net)
+    backbone = pretrain(stream, 0)
+    norm = backbone[1]
+    assert norm.running_mean.abs().max() > 0.1  # that it learned
+    learner = AdapterLearner(copy.deepcopy(backbone), LoRA, rank=2)
+    learner.learn(stream, 0, lambda m, w, t: train(m, w, t, 3, 0))
+    assert torch.equal(learner.model[1].running_mean, norm.running_mean)
+    assert learner.model[0].B.abs().max() > 0
+
+
 def test_a_models_own_targets_or_all_linear_layers():
     model = pretrain(BAGS, 0)
     AdapterLearner(model, LoRA, rank=2)
