@@ -14,6 +14,7 @@ from .digits import (
     split_digits,
 )
 from .planted import planted
+from .sequences import sequences
 from .stream import Stream, Task
 
 __all__ = ["STREAMS", "Stream", "Task", "make", "require_seeds", "shows"]
@@ -31,6 +32,7 @@ STREAMS: dict[str, Callable[[int, int], Stream]] = {
     "overlap": overlap,
     "conflict": conflict,
     "planted": planted,
+    "sequences": sequences,
 }
 
 

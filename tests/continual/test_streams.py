@@ -2,22 +2,25 @@ import pytest
 import torch
 
 from minimoe.continual import digits, streams
+from minimoe.continual.learn import pretrain, run_stream
+from minimoe.roster import ROSTER
 
 
 @pytest.mark.parametrize("name", streams.STREAMS)
 def test_a_stream_states_its_tasks_and_keeps_test_images_out(name):
     stream = streams.make(name, 5, seed=3)
     assert len(stream.tasks) == 5 and streams.shows(name)
-    images = not stream.real
-    assert images == (name != "planted")
+    assert stream.real == (name == "planted")
+    images = name not in ("planted", "sequences")
     if images:
         found = {label for task in stream.tasks for label in task.labels}
         assert found == set(range(stream.classes))
     for task in (stream.base, *stream.tasks):
-        assert task.x_train.shape[1] == task.x_test.shape[1] == 64
+        tokens = name == "sequences"
+        assert task.x_train.shape[1] == task.x_test.shape[1] == (16 if tokens else 64)
         assert not images or (task.x_train.min() >= -1 and task.x_train.max() <= 1)
-        assert task.x_train.dtype == torch.float32
-        assert task.y_train.dtype == (torch.int64 if images else torch.float32)
+        assert task.x_train.dtype == (torch.int64 if tokens else torch.float32)
+        assert task.y_train.dtype == (torch.float32 if name == "planted" else torch.int64)
         train = {tuple(x.tolist()) for x in task.x_train}
         shared = sum(tuple(x.tolist()) in train for x in task.x_test)
         assert shared <= 2, f"{task.name}: {shared} test images were trained on"
@@ -122,3 +125,36 @@ def test_digit_worlds_without_mnist_says_what_to_install(monkeypatch):
 def test_bad_input_is_named(name, tasks, message):
     with pytest.raises(ValueError, match=message):
         streams.make(name, tasks)
+
+
+def test_sequences_are_letters_said_again_in_the_tasks_order():
+    stream = streams.make("sequences", 3, seed=2)
+    orders = []
+    for t, task in enumerate((stream.base, *stream.tasks)):
+        for x, y in (task.train, task.test):
+            letters = x[:, 1:9]
+            assert (x[:, 0] == 26 + t).all() and letters.max() < 26
+            assert (y[:, :8] == -100).all()
+            order = [(letters[:, i : i + 1] == y[:, 8:]).all(0).nonzero().item() for i in range(8)]
+            assert torch.equal(y[:, 8:-1], x[:, 9:])  # what comes next
+        orders.append(order)
+    assert orders[0] == list(range(8)) and len(set(map(tuple, orders))) == 4
+    model = stream.model(stream)
+    answers = model(x[:2])
+    assert answers.shape == (2, 16, stream.classes)
+    # causal: a token's answer does not know what comes later
+    later = x[:2].clone()
+    later[:, 10:] = 0
+    assert torch.allclose(model(later)[:, :10], answers[:, :10], atol=1e-6)
+    assert not torch.allclose(model(later)[:, 10:], answers[:, 10:], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_told_loras_learn_sequences_and_one_forgets_them():
+    stream = streams.make("sequences", 2, seed=3)
+    backbone = pretrain(stream, 3)
+    oracle, lora = (
+        run_stream(ROSTER[name].make, backbone, stream, 3, 20).matrix for name in ("oracle", "lora")
+    )
+    assert oracle[2][0] > 0.95 and oracle[2][1] > 0.95
+    assert lora[1][0] > 0.95 and lora[2][1] > 0.95 and lora[2][0] < 0.5
