@@ -162,11 +162,15 @@ class Recorder:
 
 
 def _keep_gates(gates: dict[str, list[tuple[Tensor, Tensor]]], name: str) -> Callable[..., None]:
-    """A forward hook that keeps a layer's |g| (N, R) and output (N, O), tokens in one row."""
+    """A forward hook that keeps a layer's |g| (N, R) and output (N, O), all tokens in a row but for
+    padding."""
 
     def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        g = dense_gate(layer, inputs[0]).abs().flatten(0, -2)
-        gates.setdefault(name, []).append((g.double(), output.flatten(0, -2)))
+        g, y = dense_gate(layer, inputs[0]).abs(), layer.samples_first(output)
+        counts = layer.mask(y).flatten() > 0
+        gates.setdefault(name, []).append(
+            (g.flatten(0, -2)[counts].double(), y.flatten(0, -2)[counts])
+        )
 
     return hook
 

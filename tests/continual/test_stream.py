@@ -10,8 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from minimoe import LoRA, LoRAMoE, MoRA
+from minimoe.adapt import grow
 from minimoe.continual import Stream, Task, data
 from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, train
+from minimoe.continual.probe import Recorder
 from minimoe.continual.stream import (
     IGNORED,
     evaluate,
@@ -259,6 +261,25 @@ def test_padding_counts_for_nobody():
     learner.predict(x, 0)
     tokens = int(x["mask"].sum())
     assert learner.model.fc.step.counts.sum() == 2 * tokens < 2 * x["mask"].numel()
+
+
+@pytest.mark.parametrize(("scheme", "settings"), [(MoRA, {"tau": 1.0}), (LoRAMoE, {"top_k": 2})])
+def test_what_stands_at_padding_is_not_recorded(scheme, settings):
+    (x, _), (other, _) = bag(20, 0), bag(20, 0)
+    other["ids"] = other["ids"].where(other["mask"] == 1, torch.tensor(8))
+    assert not torch.equal(x["ids"], other["ids"])
+    learner = AdapterLearner(pretrain(BAGS, 0), scheme, rank=2, **settings)
+    grow(learner.model)
+    for _, w in learner.model.named_parameters():
+        if w.requires_grad:
+            nn.init.normal_(w, generator=seed(1))
+    found = []
+    for inputs in (x, other):
+        recorder = Recorder([inputs])
+        for _ in range(2):
+            recorder.record(learner.model, learner.predict)
+        found.append(recorder.records["entropy"][1, 0].item())
+    assert found[0] == found[1] and found[0] > 0.01
 
 
 def test_a_frozen_batch_norm_does_not_move():
