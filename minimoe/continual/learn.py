@@ -142,12 +142,12 @@ def pretrain(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make_backbone(stream, make).to(device)
+        if stream.base is not None:
+            where = f"pretraining on {stream.base.name}"
+            how = {**PRETRAIN, **stream.pretraining, "loss": stream.loss}
+            train(model, model.parameters(), stream.base.to(device), seed=seed, where=where, **how)
     if targets is not None:
         model.targets = targets
-    if stream.base is not None:
-        where = f"pretraining on {stream.base.name}"
-        how = {**PRETRAIN, **stream.pretraining, "loss": stream.loss}
-        train(model, model.parameters(), stream.base.to(device), seed=seed, where=where, **how)
     return model.eval().requires_grad_(False)
 
 

@@ -23,9 +23,13 @@ IGNORED = -100  # torch's mark of a label that does not count
 Ratio = tuple[Any, Any]  # a score in parts: a sum, and what to divide it by
 
 
+# A label that is -100 does not count. All four raise ValueError if answers and y do not fit.
+
+
 def loss(answers: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of logits (..., C) for classes y (...), or mean squared error of answers for
     real y of the same shape. Of no samples 0."""
+    y = _fit(answers, y)
     if not y.numel():
         return answers.sum()
     if y.is_floating_point():
@@ -35,22 +39,38 @@ def loss(answers: Tensor, y: Tensor) -> Tensor:
 
 def share_right(answers: Tensor, y: Tensor) -> Ratio:
     """How often the largest of the logits (..., C) is that of the class y (...)."""
+    y = _fit(answers, y)
     return (answers.argmax(-1) == y).sum(), (y != IGNORED).sum()
 
 
 def explained(answers: Tensor, y: Tensor) -> Ratio:
     """The share of y explained by answers ŷ of its shape, 1 - Σ‖ŷ - y‖² / Σ‖y‖²: 1 at best, 0 for
     answering 0, no lower limit."""
-    y = y.double()
+    y = _fit(answers, y).double()
     total = y.square().sum()
     return total - (answers - y).square().sum(), total
 
 
 def minus_bits(answers: Tensor, y: Tensor) -> Ratio:
     """Minus the bits that a class y (...) costs under logits (..., C): 0 at best."""
+    y = _fit(answers, y)
     log_p = answers.double().log_softmax(-1).gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     counts = y != IGNORED
     return (log_p * counts).sum() / math.log(2), counts.sum()
+
+
+def _fit(answers: Tensor, y: Tensor) -> Tensor:
+    """y, classes as int64. Raises ValueError: no shape is stretched to another."""
+    if y.is_floating_point():
+        if answers.shape != y.shape:
+            raise ValueError(
+                f"answers are {tuple(answers.shape)}, allowed for real y: {tuple(y.shape)}"
+            )
+        return y
+    if answers.shape[:-1] != y.shape:
+        allowed = ", ".join(map(str, (*y.shape, "C")))
+        raise ValueError(f"answers are {tuple(answers.shape)}, allowed for classes y: ({allowed})")
+    return y.long()
 
 
 def usual_score(answers: Tensor, y: Tensor) -> Ratio:

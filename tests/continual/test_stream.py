@@ -1,6 +1,7 @@
 """Streams of one's own: data, models and scores of any kind, through the same runner."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -22,6 +23,7 @@ from minimoe.continual.stream import (
     minus_bits,
     score,
     share_right,
+    usual_score,
 )
 from minimoe.roster import ROSTER
 from minimoe.schemes.smora import SMoRA
@@ -138,6 +140,39 @@ def test_scores_by_hand():
     total, of = explained(answers, y)
     assert total / of == pytest.approx(1 - 1 / 25) and score(answers, y) == pytest.approx(0.96)
     assert loss(answers, y) == 0.5 and loss(answers[:0], y[:0]) == 0
+
+
+@pytest.mark.parametrize("measure", [loss, usual_score, minus_bits])
+def test_shapes_are_not_stretched(measure):
+    real, logits, y = torch.randn(4), torch.randn(4, 3), torch.arange(4) % 3
+    if measure is not minus_bits:
+        with pytest.raises(ValueError, match=r"answers are \(4, 1\), allowed for real y: \(4,\)"):
+            measure(real.unsqueeze(1), real)
+    with pytest.raises(ValueError, match=r"answers are \(4, 3\), allowed for classes y: \(4, 1, C"):
+        measure(logits, y.unsqueeze(1))
+    # of (samples, C, tokens), as torch has it
+    with pytest.raises(ValueError, match=r"allowed for classes y: \(4, 5, C\)"):
+        measure(torch.randn(4, 3, 5), torch.zeros(4, 5, dtype=torch.int64))
+
+
+def test_labels_may_be_of_any_integers():
+    logits, y = torch.randn(4, 200, generator=seed()), torch.tensor([0, 1, 156, 0])
+    for dtype in (torch.int32, torch.uint8):  # of which 156 is -100, too
+        assert loss(logits, y.to(dtype)) == loss(logits, y)
+        assert usual_score(logits, y.to(dtype)) == usual_score(logits, y)
+        assert minus_bits(logits, y.to(dtype)) == minus_bits(logits, y)
+    assert loss(logits, y[:2].bool().repeat(2)) == loss(logits, y[:2].repeat(2))
+
+
+def test_a_base_domain_in_a_dataloader_is_learned_to_the_same_bits():
+    base = DataLoader(TensorDataset(X, Y), 3, shuffle=True)
+    stream = Stream("s", [Task("a", (X, Y), (X, Y))], Task("base", base, base))
+    stream = dataclasses.replace(stream, pretraining={"epochs": 2})
+    made = []
+    for n in range(2):
+        torch.manual_seed(n)
+        made.append(pretrain(stream, 0, make=lambda s: nn.Linear(2, 7)).weight)
+    assert torch.equal(*made)
 
 
 def test_a_score_is_of_all_examples_whatever_the_batches(monkeypatch):
