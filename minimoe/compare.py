@@ -10,11 +10,13 @@ from typing import Any
 import joblib
 import numpy as np
 import torch
+from joblib.parallel import get_active_backend
 from torch import Tensor, nn
 
 from .adapt import adapters
 from .claims import Claims
 from .continual import data, streams
+from .continual.backbones import BACKBONES
 from .continual.checkpoints import Checkpoints
 from .continual.learn import (
     BATCH,
@@ -73,12 +75,13 @@ def compare(
         done: is told of progress: a label, and how many tasks are newly finished.
         lr, batch, optimiser: of a task's training.
         jobs: runs side by side, in processes, or as joblib.parallel_config says; -1: one per core.
-            Each has one thread. The numbers are those of one after the other with one thread.
+            Each has one thread. The numbers are those of one after the other with one thread, if
+            what a function reads from its module is as it was imported.
 
     Raises ValueError on unknown names, settings out of range, a stream and a model that do not fit,
     and checkpoints that are damaged or of another run, before anything is written or learned.
     """
-    out = Path(out)
+    out, seeds = Path(out), [int(seed) for seed in seeds]
     require_training(epochs, lr, batch, optimiser)
     streams.require_seeds(seeds)
     changes = dict(changes or {})
@@ -89,17 +92,23 @@ def compare(
         raise ValueError(f"jobs is {jobs}, allowed: 1 or more, or -1")
     if jobs != 1 and parallel.processes() > 1:
         raise ValueError(f"jobs is {jobs}, allowed where processes train together: 1")
+    if jobs != 1 and (backend := type(get_active_backend()[0]).__name__) == "ThreadingBackend":
+        raise ValueError(f"jobs run in {backend}, allowed: processes (torch has one seed in each)")
     if tasks is None:
         tasks = len(stream.tasks) if isinstance(stream, Stream) else Options().tasks
     setting = Setting(stream, backbone, targets, tasks, device)
     trial, model = stream_of(setting, seeds[0]), setting.new_model(seeds[0])
     entries = dict(schemes) if isinstance(schemes, Mapping) else choose(schemes, trial, model)
-    learners = {
-        name: _try(name, entry, trial, copy.deepcopy(model), changes)
-        for name, entry in entries.items()
-    }
+    known = {name for entry in (ROSTER | entries).values() for name in entry.settings}
+    for name in changes.keys() - known:
+        raise ValueError(f"changes have {name!r}, allowed: {', '.join(sorted(known))}")
+    with torch.random.fork_rng():
+        learners = {
+            name: _try(name, entry, trial, copy.deepcopy(model), changes)
+            for name, entry in entries.items()
+        }
     options = Options(
-        stream=stream if isinstance(stream, str) else trial.name,
+        stream=setting.stream_name(seeds[0]),
         schemes=[name if not e.path else f"{e.path}:{name}" for name, e in entries.items()],
         seeds=list(seeds),
         tasks=tasks,
@@ -143,12 +152,12 @@ def compare(
         for key, run in zip(kept, results, strict=True):
             cells[key] = run
             done(f"{key[1]}, seed {key[0]}", tasks)
-    known: dict[str, list[Reachable]] = {}
+    limits: dict[str, list[Reachable]] = {}
     if trial.reachable is not None and backbone is None:
         for seed in seeds:
             model, made = pretrained(setting, seed), stream_of(setting, seed)
             for name, reach in trial.reachable(model, made, _settings(changes)).items():
-                known.setdefault(name, []).append(reach)
+                limits.setdefault(name, []).append(reach)
     settings: dict[str, Any] = {"tasks": tasks, "epochs": epochs}
     settings |= shown_settings(ROSTER | entries, changes)
     settings |= {"batch": batch, "lr": lr, "optimiser": optimiser}
@@ -163,7 +172,7 @@ def compare(
         seeds=list(seeds),
         settings=settings,
         schemes={
-            name: _over_seeds([cells[seed, name] for seed in seeds], known.get(name))
+            name: _over_seeds([cells[seed, name] for seed in seeds], limits.get(name))
             for name in entries
         },
     )
@@ -181,18 +190,23 @@ def _run(
     """One scheme's life with one seed."""
     label = f"{name}, seed {seed}"
     done(label, 0)
-    return run_stream(
-        lambda model, stream: entry.make(model, stream, **options.changes),
-        pretrained(setting, seed),
-        stream_of(setting, seed),
-        seed,
-        options.epochs,
-        setting.device,
-        name=label,
-        checkpoints=files,
-        done=lambda tasks: done(label, tasks),
-        how={"lr": options.lr, "batch": options.batch, "optimiser": options.optimiser},
-    )
+    try:
+        return run_stream(
+            lambda model, stream: entry.make(model, stream, **options.changes),
+            pretrained(setting, seed),
+            stream_of(setting, seed),
+            seed,
+            options.epochs,
+            setting.device,
+            name=label,
+            checkpoints=files,
+            done=lambda tasks: done(label, tasks),
+            how={"lr": options.lr, "batch": options.batch, "optimiser": options.optimiser},
+        )
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if options.stream in streams.STREAMS and options.backbone in (None, *BACKBONES):
+            raise  # none of somebody's data or model
+        raise ValueError(f"{label}: {type(error).__name__}: {error}") from error
 
 
 def _run_alone(entry: Entry | str, *args: Any) -> Run:
@@ -323,14 +337,17 @@ def _try(
     name: str, entry: Entry, stream: Stream, model: nn.Module, changes: Mapping[str, Any]
 ) -> Learner:
     """A learner. Raises ValueError if it cannot be made, or one of one's own cannot answer."""
+    x = data.leading(stream.tasks[0].test, 2)
     if not entry.source:
-        return entry.make(model, stream, **changes)  # raises on a bad setting
+        learner = entry.make(model, stream, **changes)  # raises on a bad setting
+        with torch.no_grad():
+            learner.predict(x, 0)  # or on a mask that does not fit its layers
+        return learner
     try:
         learner = entry.make(model, stream, **changes)
         for layer in (layer for _, layer in adapters(model) if type(layer) is entry.scheme):
             if not isinstance(layer.claims, Claims):
                 raise TypeError(f"claims is {layer.claims!r}, allowed: a minimoe.Claims")
-        x = data.leading(stream.tasks[0].test, 2)
         answers = learner.predict(x, 0)
     except (Exception, SystemExit) as error:  # whatever somebody's file does
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from . import schemes
 from .adapter import Adapter
 from .continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA
@@ -201,8 +203,16 @@ def names(model: Any = None, *kinds: Kind) -> list[str]:
         name
         for name, entry in ROSTER.items()
         if (entry.kind in kinds or not kinds)
-        and (model is None or all(hasattr(model, need) for need in entry.needs))
+        and (model is None or all(_has(model, need) for need in entry.needs))
     ]
+
+
+def _has(model: Any, need: str) -> bool:
+    """Whether a model has what backbones.py names so, and not something else of that name."""
+    found = getattr(model, need, None)
+    if need == "features":
+        return callable(found) and not isinstance(found, nn.Module)
+    return isinstance(found, nn.Parameter) and found.ndim == 2
 
 
 def lookup(name: str) -> tuple[str, Entry]:

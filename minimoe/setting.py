@@ -1,7 +1,7 @@
 """A stream and a model, by name or as somebody brings them, for every seed."""
 
 import functools
-import hashlib
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .continual import backbones, data, streams
 from .continual.learn import make_backbone, pretrain
-from .continual.stream import IGNORED, Stream
+from .continual.stream import IGNORED, Stream, evaluate
 from .continual.stream import loss as usual_loss
 from .tools.fingerprint import of_own
 
@@ -61,24 +61,27 @@ class Setting:
                     _try(stream, task.name, model, part)
         if self.targets is not None:
             model.targets = self.targets
+        try:
+            re.compile(getattr(model, "targets", ""))
+        except (re.error, TypeError) as error:
+            raise ValueError(f"targets is {model.targets!r}, no pattern: {error}") from None
         return model
 
     def facts(self, seed: int) -> dict[str, Any]:
-        """What a checkpoint holds of it: names, and fingerprints of what is in somebody's files or
-        in a Stream's data in memory. (Of functions and models the name alone.)"""
-        stream = stream_of(self, seed)
-        told = {
-            "stream": self.stream if isinstance(self.stream, str) else stream.name,
-            "backbone": name_of(self.backbone),
-            "targets": self.targets,
-        }
+        """What a checkpoint holds of it, beside digests of the data: names, and fingerprints of
+        somebody's files. (Of a function that is in no file the name alone.)"""
+        told = {"stream": self.stream_name(seed), "backbone": name_of(self.backbone)}
         for name in ("stream", "backbone"):
             path, colon, _ = str(told[name]).rpartition(":")
             if colon and isinstance(getattr(self, name), str):
                 told[f"{name}_source"] = of_own(Path(path).resolve())
-        if not isinstance(self.stream, str):
-            told["data"] = _digest(stream)
-        return told
+        return told | {"targets": self.targets}
+
+    def stream_name(self, seed: int) -> str:
+        """What the stream is called in a file that is written: <name> if it is no name or file."""
+        if isinstance(self.stream, str):
+            return self.stream
+        return f"<{stream_of(self, seed).name}>"
 
 
 @functools.lru_cache(maxsize=8)
@@ -87,7 +90,10 @@ def stream_of(setting: Setting, seed: int) -> Stream:
     stream, tasks = setting.stream, setting.tasks
     if isinstance(stream, str):
         return streams.make(stream, tasks, seed)
-    made = stream if isinstance(stream, Stream) else stream(tasks, seed)
+    if isinstance(stream, Stream):
+        made = stream
+    else:
+        made = streams.called(stream, str(name_of(stream)), tasks, seed)
     if len(made.tasks) != tasks:
         raise ValueError(f"tasks is {tasks}, allowed for {made.name}: {len(made.tasks)}")
     return made
@@ -101,37 +107,29 @@ def pretrained(setting: Setting, seed: int) -> Any:
 
 
 def name_of(given: Any) -> str | None:
-    """What something is called in a file that is written."""
+    """What something is called in a file that is written: a function <by its name>."""
     if given is None or isinstance(given, str):
         return given
-    return str(getattr(given, "__name__", type(given).__name__))
+    return f"<{getattr(given, '__name__', type(given).__name__)}>"
 
 
 def _try(stream: Stream, name: str, model: nn.Module, part: data.Data) -> None:
     """Raise ValueError unless the model can answer two examples of a task, and they be scored."""
     x, y = next(data.batches(part, 2))
     try:
-        with torch.no_grad():
-            answers = data.call(model.eval(), x)
-            loss, _ = stream.loss(answers, y), stream.score(answers, y)
+        answers = data.call(model.eval(), x)
+        loss = stream.loss(answers, y)
+        evaluate(lambda _: answers.detach(), [(x, y)], stream.score)
     except Exception as error:  # whatever somebody's model does
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{stream.name}, {name}: the model fails: {reason}") from error
     if stream.loss is usual_loss and not y.is_floating_point() and (whole := data.pair(part)):
-        for label in whole[1][whole[1] != IGNORED].aminmax():
+        labels = whole[1][whole[1] != IGNORED].long()
+        for label in labels.aminmax() if labels.numel() else ():
             if not 0 <= label < answers.shape[-1]:
                 most = answers.shape[-1] - 1
                 raise ValueError(f"{stream.name}, {name}: label is {label}, allowed: 0 to {most}")
     if not isinstance(loss, Tensor) or loss.ndim:
         raise ValueError(f"{stream.name}: the loss is {loss!r}, allowed: a tensor of one number")
-
-
-def _digest(stream: Stream) -> str:
-    """12 hexadecimal digits that change with the data that a stream has in memory."""
-    total = hashlib.sha256()
-    for task in (*stream.tasks, *filter(None, [stream.base])):
-        for part in (task.train, task.test):
-            for x in data.pair(part) or ():
-                for tensor in data.tensors(x):
-                    total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:12]
+    if not loss.requires_grad and any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"{stream.name}: the loss has no gradient, allowed: one of the answers")

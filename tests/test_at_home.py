@@ -229,7 +229,7 @@ def test_in_python_an_object_a_function_and_a_model_of_ones_own(tmp_path):
     result = compare(
         tmp_path, stream, schemes, backbone=net, targets="0", epochs=30, changes={"rank": 4}, **how
     )
-    assert result.settings["score"] == "mean error" and result.settings["backbone"] == "net"
+    assert result.settings["score"] == "mean error" and result.settings["backbone"] == "<net>"
     assert result.settings["lr"] == 0.05 and result.settings["pretrain"] is None
     joint = result.schemes["joint"].matrix[0]
     assert joint[-1][0] > joint[0][0] and joint[-1][1] > joint[0][1]

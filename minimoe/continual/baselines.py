@@ -40,9 +40,10 @@ class ClassMean(Learner):
     def _add(self, source: int, task: Task) -> None:
         """Count a task's features in: source 0 is the base domain, 1 the stream."""
         for x, y in data.batches(task.train, EVALUATED, device=self.model.classes.device):
-            features = data.call(self.model.features, x).double().cpu()
-            self.total[source].index_add_(0, y.cpu(), features)
-            self.seen[source] += y.cpu().bincount(minlength=self.seen.shape[1])
+            features, y = data.call(self.model.features, x).double().cpu(), y.long().cpu()
+            features, y = features[y >= 0], y[y >= 0]
+            self.total[source].index_add_(0, y, features)
+            self.seen[source] += y.bincount(minlength=self.seen.shape[1])
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         self._add(1, stream.tasks[t])

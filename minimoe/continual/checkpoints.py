@@ -5,6 +5,7 @@ do after each task. So no accuracy is read from a file, and a run can go on to m
 had.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..tools.files import read_tensors, write_tensors
 from ..tools.results import EXACT, parse
+from . import data
 from .stream import Stream
 
 
@@ -20,12 +22,14 @@ from .stream import Stream
 class Header:
     """What a checkpoint says of itself.
 
-    run: all that decided its numbers. learned: how many tasks, the last of them `task`. For all
-    these tasks together: seconds spent learning, those spent training, and steps of training.
+    run: all that decided its numbers, but for the data. learned: how many tasks, the last of them
+    `task`. data: a digest of what was trained on. For all these tasks together: seconds spent
+    learning, those spent training, and steps of training.
     """
 
     run: dict[str, Any]
     task: str
+    data: str
     learned: int
     seconds: float
     training: float
@@ -68,8 +72,9 @@ class Checkpoints:
             header = parse(Header, facts)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; {mend}") from None
-        here = self.run | {"task": stream.tasks[learned - 1].name, "learned": learned}
-        there = header.run | {"task": header.task, "learned": header.learned}
+        own = ("task", "data", "learned")
+        here = self.run | trained_on(stream, learned) | {"learned": learned}
+        there = header.run | {name: getattr(header, name) for name in own}
         keys = [key for key in there | here if there.get(key) != here.get(key)]
         if keys:
             differ = [f"{key} {there.get(key)} there, {here.get(key)} here" for key in keys]
@@ -82,3 +87,12 @@ class Checkpoints:
     def write(self, tensors: dict[str, Tensor], header: Header) -> None:
         facts = {name: getattr(header, name) for name in Header.__dataclass_fields__}
         write_tensors(self.file(header.learned), "checkpoint", tensors, facts)
+
+
+def trained_on(stream: Stream, learned: int) -> dict[str, str]:
+    """The name of the last of so many tasks, and a digest of the data of them all, and of the base
+    domain."""
+    tasks = [*filter(None, [stream.base]), *stream.tasks[:learned]]
+    every = " ".join(data.digest(task.train) for task in tasks)
+    digest = hashlib.sha256(every.encode()).hexdigest()[:12]
+    return {"task": stream.tasks[learned - 1].name, "data": digest}

@@ -7,8 +7,13 @@
 
 The first axis of a tensor counts examples. A model is called as model(x), and as model(**x) where x
 is a dictionary. Where it gives an object with `logits`, as transformers' do, these are its answers.
+All that draws from torch is seeded, a DataLoader's own generator too; what draws from NumPy or
+`random` is not.
 """
 
+import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,16 +95,34 @@ def some(data: Data, n: int) -> Inputs:
 
 
 def leading(data: Data, n: int) -> Inputs:
-    """x of the first n examples; of data that come in batches, of the first batch at most."""
-    x, _ = next(batches(data, n))
-    return take(x, slice(n))
+    """x of the first n examples; of the first batch alone where batches are of unlike shapes."""
+    parts: list[Inputs] = []
+    for x, _ in batches(data, n):
+        parts.append(x)
+        if sum(map(count, parts)) >= n:
+            break
+    alike = len({str(_shapes(x)) for x in parts}) == 1
+    return take(_stacked(parts) if alike else parts[0], slice(n))
+
+
+def digest(data: Data) -> str:
+    """12 hexadecimal digits that change with data in memory (a TensorDataset's, too, and that of a
+    DataLoader). Of all else the kind alone counts."""
+    total = hashlib.sha256(type(data).__name__.encode())
+    inside = getattr(data, "dataset", data)
+    whole = getattr(inside, "tensors", pair(inside))
+    for x in whole or ():
+        for tensor in tensors(x):
+            total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            total.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:12]
 
 
 def together(parts: Sequence[Data]) -> Data:
     """Several tasks' data as one: in memory if all are and fit together, else their batches in
     turn."""
     whole = [xy for part in parts if (xy := pair(part)) is not None]
-    shapes = [[[(t.shape[1:], t.dtype) for t in tensors(x)] for x in xy] for xy in whole]
+    shapes = [[_shapes(x) for x in xy] for xy in whole]
     if len(whole) == len(parts) and all(other == shapes[0] for other in shapes):
         return tuple(_stacked(some) for some in zip(*whole, strict=True))
     return _InTurn(parts)
@@ -114,13 +137,27 @@ class _InTurn:
     def batches(
         self, size: int, order: torch.Generator | None, device: torch.device | str | None
     ) -> Iterator[tuple[Inputs, Inputs]]:
-        going = [batches(part, size, order, device) for part in self.parts]
+        # what several tasks share may be gone through once at a time
+        times = Counter(map(id, self.parts))
+        each = {id(part): part for part in self.parts}
+        going = [
+            itertools.chain.from_iterable(
+                batches(part, size, order, device) for _ in range(times[key])
+            )
+            for key, part in each.items()
+        ]
         while going:
             for one in list(going):
                 if (batch := next(one, None)) is None:
                     going.remove(one)
                 else:
                     yield batch
+
+
+def _shapes(x: Inputs) -> list[Any]:
+    """Of one example: what must be alike for examples to be stacked."""
+    keys = list(x) if isinstance(x, dict) else []
+    return [keys, *((tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors(x))]
 
 
 def _stacked(parts: Sequence[Inputs]) -> Inputs:

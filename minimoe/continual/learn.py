@@ -27,7 +27,7 @@ from ..adapter import Adapter
 from ..tools import parallel
 from . import data
 from .backbones import mlp
-from .checkpoints import Checkpoints, Header
+from .checkpoints import Checkpoints, Header, trained_on
 from .data import Inputs
 from .probe import Recorder
 from .stream import Stream, Task, evaluate, loss
@@ -81,7 +81,10 @@ def train(
     device = weights[0].device if weights else None
     steps = OPTIMISERS[optimiser](weights, lr=lr)
     order = torch.Generator().manual_seed(seed)
+    if isinstance(own := getattr(task.train, "generator", None), torch.Generator):
+        own.manual_seed(seed)
     _train_mode(model, weights)
+    before = _others_buffers(model, weights)
     step = 0
     for _ in range(epochs):
         for x, y in data.batches(task.train, batch, order, device):
@@ -100,6 +103,8 @@ def train(
             parallel.average(weights)
             steps.step()
             after_step(model)
+    for buffer, value in before:
+        buffer.copy_(value)
     model.eval()
     return step
 
@@ -117,11 +122,25 @@ def _train_mode(model: nn.Module, weights: Iterable[Tensor]) -> None:
             module.eval()
 
 
+@torch.no_grad()
+def _others_buffers(model: nn.Module, weights: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The buffers, and what they hold, that a model frozen in part has beside what it learns: they
+    are in no checkpoint, so training leaves them as they were."""
+    learning = {id(w) for w in weights}
+    if all(id(p) in learning for p in model.parameters()):
+        return []
+    ours = {id(b) for m in model.modules() if isinstance(m, Adapter) for b in m._buffers.values()}
+    return [(b, b.clone()) for b in model.buffers() if id(b) not in ours]
+
+
 def make_backbone(stream: Stream, make: Callable[[Stream], nn.Module] | None = None) -> Any:
     """The model of a stream, not trained yet: by `make`, else by the stream's own, else a Backbone
     for what is in a row."""
     make = make or stream.model or mlp
-    model = make(stream)
+    if isinstance(make, nn.Module):
+        kind = type(make).__name__
+        raise ValueError(f"the model is a {kind}, allowed: a function of the stream that makes it")
+    model = copy.deepcopy(make(stream))  # it is frozen here, and may be somebody's only one
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model is a {type(model).__name__}, allowed: a torch.nn.Module")
     return model
@@ -325,7 +344,12 @@ def run_stream(
             seconds += time.perf_counter() - start
             if checkpoints and parallel.process() == 0:
                 header = Header(
-                    checkpoints.run, stream.tasks[t].name, t + 1, seconds, training, steps
+                    checkpoints.run,
+                    **trained_on(stream, t + 1),
+                    learned=t + 1,
+                    seconds=seconds,
+                    training=training,
+                    steps=steps,
                 )
                 checkpoints.write(learner.state(), header)
             measure(t + 1)

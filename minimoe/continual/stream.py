@@ -67,9 +67,9 @@ def _fit(answers: Tensor, y: Tensor) -> Tensor:
                 f"answers are {tuple(answers.shape)}, allowed for real y: {tuple(y.shape)}"
             )
         return y
-    if answers.shape[:-1] != y.shape:
-        allowed = ", ".join(map(str, (*y.shape, "C")))
-        raise ValueError(f"answers are {tuple(answers.shape)}, allowed for classes y: ({allowed})")
+    if answers.shape[:-1] != y.shape or answers.shape[-1] < 2:
+        allowed = f"({', '.join(map(str, (*y.shape, 'C')))}), C 2 or more"
+        raise ValueError(f"answers are {tuple(answers.shape)}, allowed for classes y: {allowed}")
     return y.long()
 
 
@@ -110,6 +110,8 @@ class Task:
     test: Data
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"a task's name is {self.name!r}, allowed: a string")
         data.require(self.train, f"{self.name}'s train")
         data.require(self.test, f"{self.name}'s test")
 

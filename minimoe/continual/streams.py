@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import torch
+
 from ..tools.load import load_function
 from .digits import (
     conflict,
@@ -50,27 +52,30 @@ def make(name: str, tasks: int = 5, seed: int = 0) -> Stream:
         raise ValueError(f"stream is {name!r}, allowed: {', '.join(STREAMS)}, file.py:make")
     if not 1 <= tasks <= MOST_TASKS:
         raise ValueError(f"tasks is {tasks}, allowed for {name}: 1 to {MOST_TASKS}")
-    made = _own(path, function, tasks, seed) if colon else STREAMS[name](tasks, seed)
+    make = load_function(path, function) if colon else STREAMS[name]
+    made = called(make, name, tasks, seed) if colon else make(tasks, seed)
     if len(made.tasks) < tasks:
         raise ValueError(f"tasks is {tasks}, allowed for {name}: 1 to {len(made.tasks)}")
     return dataclasses.replace(made, tasks=made.tasks[:tasks])
 
 
-def _own(path: str, function: str, tasks: int, seed: int) -> Stream:
-    made = load_function(path, function)
+def called(make: Callable[[int, int], Stream], name: str, tasks: int, seed: int) -> Stream:
+    """The stream of somebody's function, whose draws the seed decides too. Raises ValueError if it
+    fails, or gives something else."""
     try:
-        stream = made(tasks, seed)
-    except (Exception, SystemExit) as error:  # whatever somebody's file does
-        raise ValueError(f"{path}:{function} fails: {type(error).__name__}: {error}") from error
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            stream = make(tasks, seed)
+    except (Exception, SystemExit) as error:  # whatever somebody's function does
+        raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
     if not isinstance(stream, Stream):
-        kind = type(stream).__name__
-        raise ValueError(f"{path}:{function} gives a {kind}, allowed: a Stream")
+        raise ValueError(f"{name} gives a {type(stream).__name__}, allowed: a Stream")
     return stream
 
 
 def require_seeds(seeds: Sequence[int]) -> None:
     """Raise ValueError unless there are seeds, and all of them can be."""
-    if not seeds:
+    if not len(seeds):
         raise ValueError("seeds are none, allowed: one or more")
     for seed in seeds:
         if not 0 <= seed <= MOST_SEED:

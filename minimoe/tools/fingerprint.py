@@ -27,14 +27,18 @@ def fingerprint() -> str:
 
 
 def of_own(path: Path) -> str:
-    """The fingerprint of somebody's file, with all files in its folder, or below, that it imports,
-    directly or by way of each other."""
+    """The fingerprint of somebody's file, with its `own_files`."""
+    return of(own_files(path), path.parent)
+
+
+def own_files(path: Path) -> set[Path]:
+    """A file, with all in its folder, or below, that it imports, also by way of each other."""
     files, todo = {path}, [path]
     while todo:
         for file in _imported(todo.pop(), path.parent) - files:
             files.add(file)
             todo.append(file)
-    return of(files, path.parent)
+    return files
 
 
 def of(files: Iterable[Path], folder: Path) -> str:

@@ -1,12 +1,15 @@
 """A class or a function of somebody's Python file."""
 
+import contextlib
 import functools
 import itertools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+from .fingerprint import PACKAGE, of_own, own_files
 
 T = TypeVar("T")
 _loads = itertools.count()
@@ -29,40 +32,65 @@ def load_class(path: str | Path, name: str, base: type[T]) -> type[T]:
 
 
 def load_function(path: str | Path, name: str) -> Callable[..., Any]:
-    """The function `name` of a Python file, which is run once while it stays as it is.
+    """The function `name` of a Python file, which is run once while its code stays as it is.
 
     Raises FileNotFoundError; ValueError if the file fails or holds nothing of that name to call.
     """
     path = Path(path)
-    at = path.stat().st_mtime_ns if path.is_file() else None
-    names = _run_once(path.resolve(), at)
-    if not callable(names.get(name)):
+    names = _run_once(path.resolve(), of_own(path.resolve()) if path.is_file() else "")
+    if not callable(function := names.get(name)):
         own = [n for n, f in names.items() if isinstance(f, types.FunctionType)]
         raise ValueError(f"{path}: no function {name}; functions there: {', '.join(own) or 'none'}")
-    return names[name]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _as_a_script(path.resolve()):  # for what it imports only now
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _run(path: Path) -> dict[str, Any]:
     """The names in a Python file that was run."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    for module in _helpers(path) & sys.modules.keys():
+        del sys.modules[module]  # edited since, or of a file elsewhere
     alias = f"{path.stem}_{next(_loads)}"  # two files of one name, or one file twice, are two
-    module = types.ModuleType(alias)
-    module.__file__ = str(path)
-    sys.modules[alias] = module  # pickle looks a class up there
-    sys.path.insert(0, str(path.parent))  # as Python does for a script
+    own = types.ModuleType(alias)
+    own.__file__ = str(path)
+    sys.modules[alias] = own  # pickle looks a class up there
     try:
-        exec(compile(path.read_bytes(), path, "exec"), vars(module))
+        with _as_a_script(path):
+            exec(compile(path.read_bytes(), path, "exec"), vars(own))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever somebody's file does
         sys.modules.pop(alias, None)
         raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    return vars(module)
+    return vars(own)
 
 
 @functools.lru_cache(maxsize=16)
-def _run_once(path: Path, at: int | None) -> dict[str, Any]:
+def _run_once(path: Path, code: str) -> dict[str, Any]:
     return _run(path)
+
+
+@contextlib.contextmanager
+def _as_a_script(path: Path) -> Iterator[None]:
+    """Imports find what is in the file's folder first, as Python does for a script."""
+    folder = str(path.parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _helpers(path: Path) -> set[str]:
+    """The modules that the file imports from its folder, as they are called there. (Not this
+    package, if it is there.)"""
+    path = path.resolve()
+    files = {file for file in own_files(path) if not file.is_relative_to(PACKAGE)} - {path}
+    names = (file.relative_to(path.parent).with_suffix("").parts for file in files)
+    return {".".join(parts).removesuffix(".__init__") for parts in names}
