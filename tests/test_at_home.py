@@ -244,7 +244,7 @@ def test_in_python_an_object_a_function_and_a_model_of_ones_own(tmp_path):
     learner, _ = restore(tmp_path, "mora", stream=stream, backbone=net)
     assert learner.row(stream, 2) == result.schemes["mora"].matrix[0][-1]
     # other data under the same name are noticed
-    other = [made[0], Task("map 1", made[1].train, made[0].test)]
+    other = [made[0], Task("map 1", made[0].train, made[1].test)]
     with pytest.raises(ValueError, match=r"a checkpoint of another run .*data "):
         compare(
             tmp_path,

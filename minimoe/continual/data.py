@@ -12,8 +12,6 @@ All that draws from torch is seeded, a DataLoader's own generator too; what draw
 """
 
 import hashlib
-import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -108,7 +106,8 @@ def leading(data: Data, n: int) -> Inputs:
 def digest(data: Data) -> str:
     """12 hexadecimal digits that change with data in memory (a TensorDataset's, too, and that of a
     DataLoader). Of all else the kind alone counts."""
-    total = hashlib.sha256(type(data).__name__.encode())
+    kind = "" if pair(data) else type(data).__name__
+    total = hashlib.sha256(kind.encode())
     inside = getattr(data, "dataset", data)
     whole = getattr(inside, "tensors", pair(inside))
     for x in whole or ():
@@ -137,15 +136,12 @@ class _InTurn:
     def batches(
         self, size: int, order: torch.Generator | None, device: torch.device | str | None
     ) -> Iterator[tuple[Inputs, Inputs]]:
-        # what several tasks share may be gone through once at a time
-        times = Counter(map(id, self.parts))
-        each = {id(part): part for part in self.parts}
-        going = [
-            itertools.chain.from_iterable(
-                batches(part, size, order, device) for _ in range(times[key])
-            )
-            for key, part in each.items()
-        ]
+        def repeated(part: Data) -> Iterator[tuple[Inputs, Inputs]]:
+            """What several tasks share may be gone through once at a time."""
+            for _ in range(sum(other is part for other in self.parts)):
+                yield from batches(part, size, order, device)
+
+        going = [repeated(part) for part in {id(part): part for part in self.parts}.values()]
         while going:
             for one in list(going):
                 if (batch := next(one, None)) is None:

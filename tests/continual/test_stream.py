@@ -71,9 +71,9 @@ def test_a_seed_decides_the_order_and_no_example_is_lost():
 
 def test_parts_of_data():
     loader = DataLoader(TensorDataset(X, Y), 3)
-    assert torch.equal(data.leading((X, Y), 5), X[:5]) and torch.equal(
-        data.leading(loader, 5), X[:3]
-    )
+    assert torch.equal(data.leading((X, Y), 5), X[:5])
+    assert torch.equal(data.leading(loader, 5), X[:5])
+    assert torch.equal(data.leading([(X[:2], Y[:2]), (X[2:, :1], Y[2:])], 5), X[:2])  # unlike
     torch.manual_seed(0)
     some = data.some(({"x": X}, Y), 4)["x"]
     torch.manual_seed(0)
@@ -86,6 +86,8 @@ def test_parts_of_data():
     # what does not fit together comes in turn, a batch of each
     turns = data.together([(X, Y), loader, (X.repeat(1, 2), Y)])
     data.require(turns, "turns")
+    twice = data.together([loader, loader])
+    assert [y.tolist() for _, y in data.batches(twice, 4)] == 2 * [[0, 1, 2], [3, 4, 5], [6]]
     shapes = [tuple(x.shape) for x, _ in data.batches(turns, 4)]
     assert shapes == [(4, 2), (3, 2), (4, 4), (3, 2), (3, 2), (3, 4), (1, 2)]
 
@@ -332,6 +334,50 @@ def test_a_frozen_batch_norm_does_not_move():
     learner.learn(stream, 0, lambda m, w, t: train(m, w, t, 3, 0))
     assert torch.equal(learner.model[1].running_mean, norm.running_mean)
     assert learner.model[0].B.abs().max() > 0
+
+
+def test_buffers_that_move_in_training_are_put_back():
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 4))
+            self.head = nn.Linear(4, 7)
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x):
+            if self.training:
+                self.mean.add_(x.mean(0))
+            return self.head(self.fc(x - self.mean))
+
+    torch.manual_seed(0)
+    model = Moving().eval().requires_grad_(False)
+    model.targets = "head"
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    learner = AdapterLearner(model, LoRA, rank=2)
+    learner.learn(Stream("s", [Task("a", (X, Y), (X, Y))]), 0, lambda m, w, t: train(m, w, t, 3, 0))
+    assert learner.model.head.B.abs().max() > 0
+    for name, value in before.items():
+        assert torch.equal(model.get_buffer(name), value), name
+
+
+def test_a_loaders_own_generator_is_seeded_too():
+    loader = DataLoader(TensorDataset(X, Y), 3, shuffle=True, generator=seed(5))
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 7)
+        train(model, model.parameters(), Task("a", loader, (X, Y)), 2, seed=1)
+        found.append(model.weight)
+    assert torch.equal(*found)
+
+
+def test_what_was_trained_on_has_a_digest():
+    task = Task("a", {"x": X, "labels": Y}, (X, Y)).to("cpu")
+    assert data.digest(task.train) == data.digest(({"x": X.clone()}, Y.clone()))
+    loader, other = (DataLoader(TensorDataset(x, Y), 3) for x in (X, X + 1))
+    kinds = [(X, Y), (X + 1, Y), (X, Y + 1), (X.double(), Y), (X.view(7, 2, 1), Y), loader, other]
+    kinds += [TensorDataset(X, Y), (X.bfloat16(), Y)]
+    assert len({data.digest(given) for given in kinds}) == len(kinds)
 
 
 def test_a_models_own_targets_or_all_linear_layers():
