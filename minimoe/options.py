@@ -106,7 +106,7 @@ def short_name(value: Any) -> str:
 
 def _require_same(name: str, given: Any, there: set[Any]) -> None:
     if given is not None and {given} != there:
-        allowed = ", ".join(map(str, there))
+        allowed = ", ".join(map(str, sorted(there)))
         raise ValueError(
             f"{name} is {given}, allowed in this run: {allowed}; another --out starts anew"
         )
