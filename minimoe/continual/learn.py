@@ -83,8 +83,7 @@ def train(
     order = torch.Generator().manual_seed(seed)
     if isinstance(own := getattr(task.train, "generator", None), torch.Generator):
         own.manual_seed(seed)
-    _train_mode(model, weights)
-    before = _others_buffers(model, weights)
+    before = _train_mode(model, weights)
     step = 0
     for _ in range(epochs):
         for x, y in data.batches(task.train, batch, order, device):
@@ -109,26 +108,21 @@ def train(
     return step
 
 
-def _train_mode(model: nn.Module, weights: Iterable[Tensor]) -> None:
-    """train(), but for each BatchNorm that is frozen in a model that learns in part: its statistics
-    would move, and are in no checkpoint."""
+@torch.no_grad()
+def _train_mode(model: nn.Module, weights: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """train(). Returns buffers to put back after, with what they hold.
+
+    In a model that learns in part nothing else may move, as no checkpoint holds it: a BatchNorm
+    that does not learn stays in eval(), and all buffers that are not the adapters' are put back.
+    """
     model.train()
     learning = {id(w) for w in weights}
     if all(id(p) in learning for p in model.parameters()):
-        return
+        return []
     for module in model.modules():
         own = {id(p) for p in module.parameters(recurse=False)}
         if hasattr(module, "running_mean") and not own & learning:
             module.eval()
-
-
-@torch.no_grad()
-def _others_buffers(model: nn.Module, weights: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The buffers, and what they hold, that a model frozen in part has beside what it learns: they
-    are in no checkpoint, so training leaves them as they were."""
-    learning = {id(w) for w in weights}
-    if all(id(p) in learning for p in model.parameters()):
-        return []
     ours = {id(b) for m in model.modules() if isinstance(m, Adapter) for b in m._buffers.values()}
     return [(b, b.clone()) for b in model.buffers() if id(b) not in ours]
 
