@@ -15,7 +15,7 @@ from torch import nn
 
 from . import schemes
 from .adapter import Adapter
-from .continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA
+from .continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA, Trigram
 from .continual.learn import AdapterLearner, Learner
 from .continual.learners import TaskLabelLearner
 from .continual.stream import Stream
@@ -168,6 +168,12 @@ ROSTER: dict[str, Entry] = {
         "nearest class mean of frozen features",
         learner=ClassMean,
         needs=("features", "classes"),
+    ),
+    "trigram": Entry(
+        "baseline",
+        "counts of three tokens in a row, no network",
+        learner=Trigram,
+        needs=("vocabulary",),
     ),
     "head_only": Entry(
         "baseline",

@@ -536,7 +536,7 @@ def test_all_are_in_one_table_with_their_parameters_and_time(tmp_path):
     assert done.returncode == 0, done.stderr
     head, _, *rows = done.stdout.split("\n\n")[1].splitlines()
     assert head.split()[-5:] == ["trainable", "stored", "active", "seconds", "ms/step"]
-    assert [row.split()[0] for row in rows] == list(ROSTER)
+    assert [row.split()[0] for row in rows] == [name for name in ROSTER if name != "trigram"]
     for row in rows:
         name, trainable, step = row.split()[0], row.split()[-5], row.split()[-1]
         learns = name not in ("zero_shot", "class_mean")

@@ -7,6 +7,7 @@ grows (ranks added per task, all of them always on) serve as baselines as they a
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapt import adapters, parameters, survey
@@ -18,7 +19,7 @@ from . import data
 from .data import Inputs
 from .learn import AdapterLearner, Fit, Learner
 from .learners import TaskLabelLearner
-from .stream import EVALUATED, Stream, Task
+from .stream import EVALUATED, IGNORED, Stream, Task
 
 
 class ClassMean(Learner):
@@ -66,6 +67,60 @@ class ClassMean(Learner):
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.total.copy_(tensors["total"])
         self.seen.copy_(tensors["seen"])
+
+
+class Trigram(Learner):
+    """Counts of three tokens in a row, of all that the stream has shown so far: no network at all.
+
+        p₀(c) = 1 / C
+        pₙ(c | h) = (n(h, c) + κ pₙ₋₁(c | h')) / (n(h) + κ)     h: n - 1 tokens; h': without the first
+
+    up to n = 3, with κ = 4, which was not tuned (MacKay and Peto 1995, Natural Language Engineering
+    1, with one κ for all). No count is overwritten, and the order of tasks does not matter; but
+    texts that go on differently share their counts.
+    """
+
+    KAPPA = 4.0
+
+    def __init__(self, model: Any, stream: Stream):
+        super().__init__(model)
+        C = len(model.vocabulary)
+        self.counts = torch.zeros(C + 1, C, C)  # of a, b, c; a is C where b is the first
+        if stream.base is not None:
+            self._add(stream.base)
+
+    def _add(self, task: Task) -> None:
+        for x, y in data.batches(task.train, EVALUATED):
+            known = y != IGNORED
+            rows = (self._before(x)[known], x[known], y[known])
+            self.counts.index_put_(rows, torch.ones(len(rows[0])), accumulate=True)
+
+    def _before(self, x: Tensor) -> Tensor:
+        """The token before each of x (N, T)."""
+        return F.pad(x[:, :-1], (1, 0), value=len(self.counts) - 1)
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        self._add(stream.tasks[t])
+
+    def predict(self, x: Inputs, j: int) -> Tensor:
+        n3 = self.counts.to(x.device)
+        n2, p = n3.sum(0), 1 / n3.shape[-1]
+        for n in (n2.sum(0), n2[x], n3[self._before(x), x]):  # (C,), then (N, T, C)
+            p = (n + self.KAPPA * p) / (n.sum(-1, keepdim=True) + self.KAPPA)
+        return p.log()
+
+    def count(self) -> dict[str, int]:
+        return {
+            "trainable": 0,
+            "stored": int((self.counts > 0).sum()),
+            "active": 3 * len(self.counts[0]),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        return {"counts": self.counts.clone()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.counts.copy_(tensors["counts"])
 
 
 class HeadOnly(Learner):

@@ -15,9 +15,11 @@ from .digits import (
     rotated_digits,
     split_digits,
 )
+from .docstrings import docstrings
 from .planted import planted
 from .sequences import sequences
 from .stream import Stream, Task
+from .texts import texts
 
 __all__ = ["STREAMS", "Stream", "Task", "make", "require_seeds", "shows"]
 
@@ -35,6 +37,8 @@ STREAMS: dict[str, Callable[[int, int], Stream]] = {
     "conflict": conflict,
     "planted": planted,
     "sequences": sequences,
+    "texts": texts,
+    "docstrings": docstrings,
 }
 
 

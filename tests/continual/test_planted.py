@@ -134,6 +134,7 @@ def test_compare_prints_the_reachable_beside_the_learned(tmp_path, capsys):
 
 
 def test_learners_that_need_classes_are_refused(tmp_path):
-    assert set(names()) - set(names(planted.Linear(1, 1))) == {"class_mean", "head_only"}
+    lacks = set(names()) - set(names(planted.Linear(1, 1)))
+    assert lacks == {"class_mean", "head_only", "trigram"}
     with pytest.raises(ValueError, match="scheme is 'head_only', allowed on planted: lora, "):
         compare(tmp_path, "planted", ["head_only"])
