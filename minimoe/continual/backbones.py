@@ -3,7 +3,7 @@
     targets         a pattern for the layers that adapters wrap; by default all linear layers
     features(x)     (N, F), what it makes of an input before it answers
     classes         (C, F), an embedding of each class: logits = features(x) classesᵀ
-    vocabulary      (C, D), an embedding of each token: it reads tokens, and says after each the next
+    vocabulary      (C, D), an embedding of each token it reads: it says after each what comes next
 
 Without the last three it can be carried through a stream as well, but for those who need them
 (`minimoe list` says who).

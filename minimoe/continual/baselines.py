@@ -73,9 +73,9 @@ class Trigram(Learner):
     """Counts of three tokens in a row, of all that the stream has shown so far: no network at all.
 
         p₀(c) = 1 / C
-        pₙ(c | h) = (n(h, c) + κ pₙ₋₁(c | h')) / (n(h) + κ)     h: n - 1 tokens; h': without the first
+        pₙ(c | h) = (n(h, c) + κ pₙ₋₁(c | h')) / (n(h) + κ)
 
-    up to n = 3, with κ = 4, which was not tuned (MacKay and Peto 1995, Natural Language Engineering
+    of h, the n - 1 tokens before, and h', the same without the first; up to n = 3, with κ = 4, which was not tuned (MacKay and Peto 1995, Natural Language Engineering
     1, with one κ for all). No count is overwritten, and the order of tasks does not matter; but
     texts that go on differently share their counts.
     """
@@ -104,7 +104,7 @@ class Trigram(Learner):
 
     def predict(self, x: Inputs, j: int) -> Tensor:
         n3 = self.counts.to(x.device)
-        n2, p = n3.sum(0), 1 / n3.shape[-1]
+        n2, p = n3.sum(0), torch.tensor(1 / n3.shape[-1])
         for n in (n2.sum(0), n2[x], n3[self._before(x), x]):  # (C,), then (N, T, C)
             p = (n + self.KAPPA * p) / (n.sum(-1, keepdim=True) + self.KAPPA)
         return p.log()
