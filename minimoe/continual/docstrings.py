@@ -136,17 +136,17 @@ def passages(module: str, tokenizer: Any, draw: torch.Generator) -> tuple[Tensor
     """Token ids of passages of a module's docstrings: (TRAIN, TOKENS) and (TEST, TOKENS). The first
     and the last token are the model's own marks. Raises ValueError if there are too few."""
     texts, wide = texts_of(module), TOKENS - 2
-    train: list[list[int]] = []
-    test: list[list[int]] = []
+    train: dict[tuple[int, ...], None] = {}  # a passage counts once
+    test: dict[tuple[int, ...], None] = {}
     for i in torch.randperm(len(texts), generator=draw).tolist():
         ids = tokenizer(texts[i], add_special_tokens=False, verbose=False)["input_ids"]
-        ends = range(wide, min(len(ids), MOST * wide) + 1, wide)
-        (test if len(test) < TEST else train).extend(
-            [tokenizer.cls_token_id, *ids[end - wide : end], tokenizer.sep_token_id] for end in ends
-        )
+        for end in range(wide, min(len(ids), MOST * wide) + 1, wide):
+            passage = (tokenizer.cls_token_id, *ids[end - wide : end], tokenizer.sep_token_id)
+            if passage not in test:
+                (test if len(test) < TEST else train)[passage] = None
     if len(train) < TRAIN:
         raise ValueError(f"docstrings needs more of {module} than this Python has")
-    return torch.tensor(train[:TRAIN]), torch.tensor(test[:TEST])
+    return torch.tensor(list(train)[:TRAIN]), torch.tensor(list(test)[:TEST])
 
 
 @functools.cache

@@ -6,24 +6,29 @@ from minimoe.continual.learn import pretrain, run_stream
 from minimoe.roster import ROSTER
 
 
-@pytest.mark.parametrize("name", streams.STREAMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "docstrings")) for n in streams.STREAMS],
+)
 def test_a_stream_states_its_tasks_and_keeps_test_images_out(name):
     stream = streams.make(name, 5, seed=3)
     assert len(stream.tasks) == 5 and streams.shows(name)
     assert stream.real == (name == "planted")
-    images = name not in ("planted", "sequences")
-    if images:
+    tokens = name in ("sequences", "texts")
+    images = not tokens and name not in ("planted", "docstrings")
+    if images or name == "docstrings":
         found = {label for task in stream.tasks for label in task.labels}
-        assert found == set(range(stream.classes))
-    for task in (stream.base, *stream.tasks):
-        tokens = name == "sequences"
-        assert task.x_train.shape[1] == task.x_test.shape[1] == (16 if tokens else 64)
+        assert found == set(range(stream.label_space()))
+    shape = {"sequences": (16,), "docstrings": (20, 384)}.get(name, (64,))
+    for task in (*stream.tasks, *filter(None, [stream.base])):
+        assert task.x_train.shape[1:] == task.x_test.shape[1:] == shape
         assert not images or (task.x_train.min() >= -1 and task.x_train.max() <= 1)
         assert task.x_train.dtype == (torch.int64 if tokens else torch.float32)
         assert task.y_train.dtype == (torch.float32 if name == "planted" else torch.int64)
-        train = {tuple(x.tolist()) for x in task.x_train}
-        shared = sum(tuple(x.tolist()) in train for x in task.x_test)
-        assert shared <= 2, f"{task.name}: {shared} test images were trained on"
+        train = {tuple(x.flatten().tolist()) for x in task.x_train}
+        shared = sum(tuple(x.flatten().tolist()) in train for x in task.x_test)
+        # code repeats itself: tables of a font, and the heads of files
+        assert shared <= (0.1 * len(task.x_test) if name == "texts" else 2), (task.name, shared)
     again = streams.make(name, 5, seed=3)
     assert all(
         torch.equal(a.x_test, b.x_test) for a, b in zip(stream.tasks, again.tasks, strict=True)
