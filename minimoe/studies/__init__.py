@@ -1,8 +1,8 @@
 """What MoRA's paper claims, put to the test: one file per study, run side by side (study.py).
 
 routing: who should choose the ranks. knobs: what each setting does. growth: what happens as tasks
-come. silence: what happens on inputs of no task. grain: how fine experts should be cut. atlas:
-every scheme on four streams.
+come. silence: what happens on inputs of no task. grain: how fine experts should be cut. tokens:
+what remains where a gate sees one token. atlas: every scheme on four streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from ..continual.streams import require_seeds
 from ..tools.files import write_atomic, write_json
 from ..tools.results import StudyResult, to_json
 from ..tools.tables import findings
-from . import atlas, grain, growth, knobs, routing, silence
+from . import atlas, grain, growth, knobs, routing, silence, tokens
 from .study import Study, report, run
 
 __all__ = ["STUDIES", "run_study", "stored"]
@@ -23,6 +23,7 @@ STUDIES: dict[str, Study] = {
     "growth": growth.STUDY,
     "silence": silence.STUDY,
     "grain": grain.STUDY,
+    "tokens": tokens.STUDY,
     "atlas": atlas.STUDY,
 }
 

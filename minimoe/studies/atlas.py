@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ..continual.backbones import Backbone
 from ..continual.learn import run_stream
 from ..continual.metrics import acc, forgetting
-from ..roster import EPOCHS, ROSTER
+from ..roster import EPOCHS, ROSTER, names
 from ..tools.results import Panel
 from .common import beside, cells_of, line, mean, stream_and_backbone
 from .study import Cell, Claim, Rows, Study
@@ -22,11 +23,12 @@ STREAMS = {
 
 
 def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
-    """One row for each name of the roster. Its settings are in the cell, so that other settings
-    are another cell."""
+    """One row for each name of the roster that can live in a Backbone. Its settings
+    are in the cell, so that other settings are another cell."""
     tasks = dict.fromkeys(list(STREAMS)[: 2 if quick else 4], 2 if quick else 5)
     rows = {
-        name: {"streams": tasks, "settings": dict(entry.settings)} for name, entry in ROSTER.items()
+        name: {"streams": tasks, "settings": dict(ROSTER[name].settings)}
+        for name in names(Backbone())
     }
     return cells_of("atlas", rows, seeds, epochs=2 if quick else EPOCHS)
 

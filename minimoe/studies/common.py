@@ -13,7 +13,7 @@ import numpy as np
 
 from ..adapter import Adapter
 from ..continual import streams
-from ..continual.backbones import Backbone
+from ..continual.backbones import Backbone, find
 from ..continual.learn import AdapterLearner, pretrain, run_stream
 from ..continual.metrics import acc, bwt
 from ..continual.probe import PROBLEMS
@@ -59,10 +59,13 @@ def cells_of(
 
 
 @functools.lru_cache(maxsize=4)
-def stream_and_backbone(stream: str, tasks: int, seed: int) -> tuple[streams.Stream, Backbone]:
-    """A stream, and a backbone pretrained for it. Kept for the next cell, so not to be changed."""
+def stream_and_backbone(
+    stream: str, tasks: int, seed: int, backbone: str | None = None
+) -> tuple[streams.Stream, Any]:
+    """A stream, and its backbone or the one of that name, pretrained. Kept for the next cell, so
+    not to be changed."""
     made = streams.make(stream, tasks, seed)
-    return made, pretrain(made, seed)
+    return made, pretrain(made, seed, make=find(backbone) if backbone else None)
 
 
 def carried(cell: Cell, classes: Mapping[str, type[Adapter]] = SCHEMES) -> dict[str, Any]:

@@ -314,6 +314,9 @@ def test_the_cells_of_a_study(name, quick, tmp_path):
     for cell in cells:
         if name == "atlas":
             assert cell["row"] in ROSTER and set(cell["streams"]) <= set(STREAMS)
+        elif name == "tokens":
+            assert cell["scheme"] in ROSTER and cell["stream"] in STREAMS
+            assert len(cell["rates"]) * len(cell["scales"]) in (1, 3, 6)
         else:
             CLASSES[cell["scheme"]](nn.Linear(64, 128), **cell["settings"])
     json.dumps(cells)
