@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from .tools.console import quiet_children
 from .tools.files import write_atomic, write_json
 from .tools.fingerprint import fingerprint
 from .tools.results import CompareResult, Reachable, SchemeResult, Spread, to_json
+from .tools.seeds import seeded
 from .tools.tables import compare_page
 
 
@@ -212,6 +214,7 @@ def _run(
 def _run_alone(entry: Entry | str, *args: Any) -> Run:
     """`_run` in a process of its own, on one thread."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # joblib's is not for a DataLoader's workers
     return _run(lookup(entry)[1] if isinstance(entry, str) else entry, *args)
 
 
@@ -293,8 +296,7 @@ def restore(
     entries = choose(options.schemes, made, model)
     if scheme not in entries:
         raise ValueError(f"scheme is {scheme!r}, allowed in this run: {', '.join(entries)}")
-    with torch.random.fork_rng():
-        torch.manual_seed(task_seed(seed, 0))
+    with seeded(task_seed(seed, 0)):
         learner = entries[scheme].make(model, made, **options.changes)
     files = _kept(folder, options, setting, scheme, entries[scheme], seed)
     files = files.of_all(options.tasks) if learner.whole_stream else files

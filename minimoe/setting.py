@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .continual import backbones, data, streams
@@ -16,6 +15,7 @@ from .continual.learn import make_backbone, pretrain
 from .continual.stream import IGNORED, Stream, evaluate
 from .continual.stream import loss as usual_loss
 from .tools.fingerprint import of_own
+from .tools.seeds import seeded
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Setting:
         """The model, not trained yet. Raises ValueError if it, the stream's data, its loss and its
         score do not fit together."""
         stream = stream_of(self, seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             try:
                 model = make_backbone(stream, self.maker())
             except ValueError:

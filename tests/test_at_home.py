@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from minimoe.cli import main
@@ -289,3 +292,74 @@ def test_attention_takes_patches_of_the_image():
     back = mixed.view(3, 4, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(3, 64)
     assert torch.allclose(model(x), model(back), atol=1e-5)
     assert math.isfinite(model(x).sum().item())
+
+
+DRAWS = """
+import random
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from minimoe.continual import Stream, Task
+
+class Noisy(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i] + np.float32(np.random.randn()) + random.random(), self.y[i]
+
+def make(tasks, seed):
+    x, y = torch.tensor(np.random.randn(40, 9)).float() + random.random(), torch.arange(40) % 3
+    return Stream("draws", [Task("a", Noisy(x, y), (x, y))])
+
+def workers(tasks, seed):
+    x, y = torch.randn(40, 9), torch.arange(40) % 3
+    loader = DataLoader(TensorDataset(x, y), 20, shuffle=True, num_workers=1)
+    return Stream("workers", [Task("a", loader, (x, y))])
+"""
+
+
+def test_what_numpy_and_random_draw_is_seeded_and_put_back(tmp_path):
+    (tmp_path / "draws.py").write_text(DRAWS)
+    found = []
+    for n in range(2):
+        np.random.seed(n)
+        random.seed(n)
+        before = np.random.get_state()[1].tolist(), random.getstate()
+        result = compare(
+            tmp_path / str(n), f"{tmp_path}/draws.py:make", ["lora"], tasks=1, epochs=2
+        )
+        assert before == (np.random.get_state()[1].tolist(), random.getstate())
+        kept = load_file(tmp_path / str(n) / "checkpoints" / "lora-seed0" / "task1.safetensors")
+        found.append((result.schemes["lora"].matrix, kept["fc1.B"].tolist()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_dataloaders_workers_run_in_a_process_side_by_side(tmp_path):
+    (tmp_path / "draws.py").write_text(DRAWS)
+    found = [
+        compare(
+            tmp_path / str(jobs),
+            f"{tmp_path}/draws.py:workers",
+            ["lora", "mora"],
+            tasks=1,
+            epochs=1,
+            jobs=jobs,
+        )
+        for jobs in (1, 2)
+    ]
+    assert found[0].schemes["mora"].matrix == found[1].schemes["mora"].matrix
+
+
+def test_an_infinite_score_is_refused_by_name(tmp_path):
+    def sure(answers, y):
+        return -torch.tensor(math.inf)
+
+    x, y = torch.randn(9, 9), torch.arange(9) % 3
+    stream = Stream("s", [Task("a", (x, y), (x, y))], score=sure)
+    with pytest.raises(FloatingPointError, match="lora, seed 0: the score on a is -inf"):
+        compare(tmp_path, stream, ["lora"], epochs=1)

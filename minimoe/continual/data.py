@@ -7,8 +7,7 @@
 
 The first axis of a tensor counts examples. A model is called as model(x), and as model(**x) where x
 is a dictionary. Where it gives an object with `logits`, as transformers' do, these are its answers.
-All that draws from torch is seeded, a DataLoader's own generator too; what draws from NumPy or
-`random` is not.
+All that draws from torch, NumPy or `random` is seeded, and a DataLoader's own generator too.
 """
 
 import hashlib

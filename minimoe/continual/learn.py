@@ -25,6 +25,7 @@ from ..adapt import (
 )
 from ..adapter import Adapter
 from ..tools import parallel
+from ..tools.seeds import seed_all, seeded
 from . import data
 from .backbones import mlp
 from .checkpoints import Checkpoints, Header, trained_on
@@ -152,8 +153,7 @@ def pretrain(
     make: makes the model (as in `make_backbone`), the seed deciding what it draws. targets: the
     pattern for its adapted layers, if not the model's own.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = make_backbone(stream, make).to(device)
         if stream.base is not None:
             where = f"pretraining on {stream.base.name}"
@@ -291,13 +291,12 @@ def run_stream(
         how: arguments of `train`, where they are not its defaults: lr, batch, optimiser.
 
     Raises ValueError on a checkpoint that is damaged or of another run; FloatingPointError as
-    `train` does, naming scheme, task and step.
+    `train` does, naming scheme, task and step, and on a score that is infinite.
     """
     stream = dataclasses.replace(stream, tasks=[task.to(device) for task in stream.tasks])
     how = {**(how or {}), "loss": stream.loss}
     J = len(stream.tasks)
-    with torch.random.fork_rng():
-        torch.manual_seed(task_seed(seed, 0))
+    with seeded(task_seed(seed, 0)):
         learner = make(copy.deepcopy(backbone), stream)
         if checkpoints and learner.whole_stream:
             checkpoints = checkpoints.of_all(J)
@@ -310,6 +309,9 @@ def run_stream(
         def measure(i: int) -> None:
             """Fill row i."""
             matrix[i] = torch.tensor(learner.row(stream, i), dtype=torch.float64)
+            for task, value in zip(stream.tasks, matrix[i].tolist(), strict=True):
+                if math.isinf(value):  # nan is a score of nothing
+                    raise FloatingPointError(f"{name}: the score on {task.name} is {value}")
             if matrix[i].isnan().any():
                 recorder.skip(learner.model)
             else:
@@ -326,7 +328,7 @@ def run_stream(
             done(learned)
         for t in range(learned, J):
             start = time.perf_counter()
-            torch.manual_seed(task_seed(seed, t))
+            seed_all(task_seed(seed, t))
 
             def fit(model: nn.Module, weights: Iterable[Tensor], task: Task, t: int = t) -> None:
                 nonlocal training, steps

@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import torch
-
 from ..tools.load import load_function
+from ..tools.seeds import seeded
 from .digits import (
     conflict,
     digit_worlds,
@@ -67,8 +66,7 @@ def called(make: Callable[[int, int], Stream], name: str, tasks: int, seed: int)
     """The stream of somebody's function, whose draws the seed decides too. Raises ValueError if it
     fails, or gives something else."""
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             stream = make(tasks, seed)
     except (Exception, SystemExit) as error:  # whatever somebody's function does
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error

@@ -3,7 +3,7 @@
 Under the MLP a gate reads all of an image, and a task moves all of its images: whose image it is
 can be read from it. Under attention a gate reads 4 pixels of 64, or one letter.
 
-Everyone picks its learning rate and its scale, on images or sequences that are neither trained on
+A scheme picks its learning rate and its scale on images or sequences that are neither trained on
 nor tested on: a quarter of each task's training data, held out. Each seed picks anew, so the spread
 over seeds is that of the whole procedure.
 """
@@ -29,6 +29,7 @@ RATES, SCALES = (1e-3, 3e-3, 1e-2), (1.0, 4.0)
 HELD_OUT = 0.25
 UNTRAINED = ("zero_shot", "class_mean", "trigram")
 SCHEMES = ("lora", "lora_moe", "mora")
+SCALED = (*SCHEMES, "lora_grown")  # a bound picks its learning rate alone
 OTHERS = ("lora_grown", "zero_shot", "head_only", "joint", "oracle")
 
 # where a gate sees an image, a patch, a letter: the stream, its model, who lives there besides
@@ -45,7 +46,7 @@ def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
     for place, (stream, backbone, learners) in list(PLACES.items())[: 1 if quick else 3]:
         for name in learners:
             rates = RATES[1:2] if quick or name in UNTRAINED else RATES
-            scales = SCALES[:1] if quick or "scale" not in ROSTER[name].settings else SCALES
+            scales = SCALES if name in SCALED and not quick else SCALES[:1]
             rows[f"{place}, {name}"] = {
                 "stream": stream,
                 "backbone": backbone,
