@@ -16,6 +16,7 @@ from minimoe.compare import compare, report, restore
 from minimoe.continual import Stream, Task, streams
 from minimoe.continual.backbones import Attention
 from minimoe.tools.results import CompareResult
+from minimoe.tools.seeds import seed_all, seeded
 
 WINE = """
 import torch
@@ -322,20 +323,33 @@ def workers(tasks, seed):
 """
 
 
-def test_what_numpy_and_random_draw_is_seeded_and_put_back(tmp_path):
+def test_what_numpy_and_random_draw_is_seeded(tmp_path):
     (tmp_path / "draws.py").write_text(DRAWS)
     found = []
     for n in range(2):
         np.random.seed(n)
         random.seed(n)
-        before = np.random.get_state()[1].tolist(), random.getstate()
         result = compare(
             tmp_path / str(n), f"{tmp_path}/draws.py:make", ["lora"], tasks=1, epochs=2
         )
-        assert before == (np.random.get_state()[1].tolist(), random.getstate())
         kept = load_file(tmp_path / str(n) / "checkpoints" / "lora-seed0" / "task1.safetensors")
         found.append((result.schemes["lora"].matrix, kept["fc1.B"].tolist()))
     assert found[0] == found[1]
+
+
+def test_seeded_draws_leave_those_that_follow_as_they_were():
+    def draws():
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    seed_all(3)
+    expected = draws()
+    found = []
+    for n in (3, 3, 4):
+        seed_all(3)
+        with seeded(n):
+            found.append(draws())
+        assert draws() == expected
+    assert found[0] == found[1] == expected != found[2]
 
 
 @pytest.mark.slow
