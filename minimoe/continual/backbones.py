@@ -75,8 +75,11 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """A transformer of one block for 8×8 images: 16 tokens of 2×2 pixels, learned positions, then
-    the mean over tokens and class embeddings. A gate in it sees one token, and not the image."""
+    """A transformer of one block for 8×8 images: 16 tokens of 2×2 pixels, learned positions, the
+    mean over tokens, two linear layers beside a residual, and class embeddings.
+
+    In the block a gate sees one token. After pooling, under --targets 'fc.', it sees the image.
+    """
 
     targets = r"block\.(q|k|v|proj|fc\d)"
 
@@ -85,12 +88,14 @@ class Attention(nn.Module):
         self.embed = nn.Linear(4, D)
         self.positions = nn.Parameter(0.02 * torch.randn(16, D))
         self.block = TransformerBlock(D, heads)
+        self.fc1, self.fc2 = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         self.classes = nn.Parameter(torch.randn(classes, D) / math.sqrt(D))
 
     def features(self, x: Tensor) -> Tensor:
         tokens = F.pixel_unshuffle(x.reshape(-1, 1, 8, 8), 2).flatten(2).transpose(1, 2)
         h = self.block(self.embed(tokens) + self.positions)  # (N, 16, D)
-        return F.layer_norm(h, h.shape[-1:]).mean(1)
+        h = F.layer_norm(h, h.shape[-1:]).mean(1)
+        return h + self.fc2(F.gelu(self.fc1(F.layer_norm(h, h.shape[-1:]))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x) @ self.classes.T
