@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from minimoe import MoRA
+from minimoe.adapt import adapters
 from minimoe.cli import main
 from minimoe.compare import compare, report, restore
 from minimoe.continual import Stream, Task, streams
 from minimoe.continual.backbones import Attention
+from minimoe.continual.learn import AdapterLearner
 from minimoe.tools.results import CompareResult
 from minimoe.tools.seeds import seed_all, seeded
 
@@ -279,6 +282,19 @@ def test_digits_through_attention(tmp_path, capsys):
     # six layers of width 64 and 256, and their ranks
     widths = 4 * (64 + 64) + 2 * (64 + 256)
     assert result.schemes["mora"].stored == 2 * 8 * widths
+
+
+def test_adapters_sit_before_pooling_or_after_it():
+    for targets, wrapped in ((None, 6), (r"fc\d", 2)):
+        model = Attention().requires_grad_(False)
+        model.targets = targets or model.targets
+        learner = AdapterLearner(model, MoRA, rank=2)
+        assert len(list(adapters(model))) == wrapped
+        seen = []
+        for _, layer in adapters(model):
+            layer.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].shape[:-1]))
+        learner.predict(torch.randn(5, 64), 0)
+        assert set(seen) == {(5,) if targets else (5, 16)}  # images, or their tokens
 
 
 def test_attention_takes_patches_of_the_image():
