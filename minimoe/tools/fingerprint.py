@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent
 # pictures and words, the commands, the laws, others' files and loops: they decide no number that is
 # kept
 WORDS = ("tools/console.py", "tools/plots.py", "tools/tables.py")
-OUTSIDE = ("cli.py", "__main__.py", "laws", "peft.py", "trainer.py", *WORDS)
+OUTSIDE = ("cli.py", "__main__.py", "laws", "peft", "trainer.py", *WORDS)
 
 
 @functools.cache
