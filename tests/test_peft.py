@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE, MoRA
-from minimoe import peft as module
 from minimoe.adapt import adapt, adapters, context, grow, load, save
 from minimoe.peft import load_peft, save_peft
+from minimoe.peft import write as writing
+from minimoe.peft.config import ANEW, RETRAIN
 from minimoe.schemes.ewc import EWC
 from minimoe.schemes.meteora import MeteoRA
 from minimoe.schemes.mocle import MoCLE
@@ -376,8 +377,8 @@ def test_a_wrong_config_is_refused(fields, words, tmp_path):
     message = refused(Net(), ValueError, words, write(tmp_path, **fields))
     assert message.startswith(str(tmp_path / CONFIG))
     unread = {"peft_type", "bias", "init_lora_weights"} & fields.keys() or "no value" in message
-    mend = module.RETRAIN if unread else "write in what it was trained with"
-    assert message.endswith(module.ANEW if "is missing" in words else mend)
+    mend = RETRAIN if unread else "write in what it was trained with"
+    assert message.endswith(ANEW if "is missing" in words else mend)
 
 
 @pytest.mark.parametrize(
@@ -647,8 +648,8 @@ def test_the_same_config_is_written_once(tmp_path, monkeypatch):
     at_random(model)
     (tmp_path / f"{TENSORS}.new").write_text("what a kill left")
     written = []
-    real = module.write_atomic
-    monkeypatch.setattr(module, "write_atomic", lambda p, d: (written.append(p.name), real(p, d)))
+    real = writing.write_atomic
+    monkeypatch.setattr(writing, "write_atomic", lambda p, d: (written.append(p.name), real(p, d)))
     save_peft(model, tmp_path)
     assert written == [TENSORS] and sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
     x = torch.randn(4, 7)
@@ -670,9 +671,9 @@ def test_a_read_only_file_is_kept(name, tmp_path, monkeypatch):
 def test_alpha_gives_the_scale_back():
     for r in (1, 2, 3, 5, 7, 12, 64):
         for alpha in (1, 2, 16, 32, 5):
-            assert module._alpha(alpha / r, r) == alpha
-            assert isinstance(module._alpha(alpha / r, r), int)
-    assert module._alpha(2 / 3**0.5, 3) / 3 == 2 / 3**0.5
+            assert writing._alpha(alpha / r, r) == alpha
+            assert isinstance(writing._alpha(alpha / r, r), int)
+    assert writing._alpha(2 / 3**0.5, 3) / 3 == 2 / 3**0.5
 
 
 # The real peft. Every kind of folder that it writes is right, or refused
