@@ -12,7 +12,8 @@ from pathlib import Path
 
 from minimoe.bench import page as bench_page
 from minimoe.bench import read as read_bench
-from minimoe.roster import ROSTER
+from minimoe.continual.backbones import Backbone
+from minimoe.roster import names
 from minimoe.studies import STUDIES
 from minimoe.tools.files import write_atomic
 from minimoe.tools.results import CompareResult, StudyResult
@@ -55,15 +56,15 @@ def with_table(text: str) -> str:
 
 
 def accuracies() -> str:
-    """All but the atlas, by findings/atlas.json; a dash where the study has not run yet."""
+    """All but the atlas that live in its backbone, by findings/atlas.json; a dash where the study
+    has not run yet."""
     atlas = StudyResult.read(HERE / "findings" / "atlas.json")
     streams = [name.removeprefix("acc ") for name in atlas.columns if name.startswith("acc ")]
     lines = [f"| final accuracy | {' | '.join(streams)} |", "|---" * (len(streams) + 1) + "|"]
-    for name, entry in ROSTER.items():
-        if entry.kind != "atlas":
-            row = atlas.rows.get(name)
-            cells = ["–" if row is None else spread(row[f"acc {s}"]) for s in streams]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in names(Backbone(), "scheme", "baseline", "bound"):
+        row = atlas.rows.get(name)
+        cells = ["–" if row is None else spread(row[f"acc {s}"]) for s in streams]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -170,7 +170,7 @@ def run(
     done: Callable[[str, int], None] = lambda label, cells: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """measure(cell) of every cell, in order, each with its "seconds".
+    """measure(cell) of every cell, in order, each with its "seconds" of a core.
 
     Cells whose file is in folder/cells, by this code and torch, are read. All others run, `jobs` at
     a time (joblib's n_jobs), and are written there as they finish. `done` is called with a label,
@@ -209,12 +209,12 @@ def _timed(
     """What a cell measured, on one thread, and by which code: perhaps in another process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    start = time.process_time()  # of a core, and not of a clock: others may use the machine
     try:
         result = measure(cell)
     finally:
         torch.set_num_threads(threads)
-    return cell, fingerprint(), {"seconds": time.perf_counter() - start, **result}
+    return cell, fingerprint(), {"seconds": time.process_time() - start, **result}
 
 
 def _read(cell: Cell, folder: Path) -> Kept:
