@@ -75,9 +75,10 @@ class Trigram(Learner):
         p₀(c) = 1 / C
         pₙ(c | h) = (n(h, c) + κ pₙ₋₁(c | h')) / (n(h) + κ)
 
-    of h, the n - 1 tokens before, and h', the same without the first; up to n = 3, with κ = 4, which was not tuned (MacKay and Peto 1995, Natural Language Engineering
-    1, with one κ for all). No count is overwritten, and the order of tasks does not matter; but
-    texts that go on differently share their counts.
+    of h, the n - 1 tokens before, and h', the same without the first; up to n = 3, with κ = 4,
+    which was not tuned (MacKay and Peto 1995, Natural Language Engineering 1, with one κ for all).
+    No count is overwritten, and the order of tasks does not matter; but texts that go on
+    differently share their counts.
     """
 
     KAPPA = 4.0
@@ -90,7 +91,7 @@ class Trigram(Learner):
             self._add(stream.base)
 
     def _add(self, task: Task) -> None:
-        for x, y in data.batches(task.train, EVALUATED):
+        for x, y in data.batches(task.train, EVALUATED, device=self.counts.device):
             known = y != IGNORED
             rows = (self._before(x)[known], x[known], y[known])
             self.counts.index_put_(rows, torch.ones(len(rows[0])), accumulate=True)
