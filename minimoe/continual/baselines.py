@@ -91,7 +91,7 @@ class Trigram(Learner):
             self._add(stream.base)
 
     def _add(self, task: Task) -> None:
-        for x, y in data.batches(task.train, EVALUATED):
+        for x, y in data.batches(task.train, EVALUATED, device=self.counts.device):
             known = y != IGNORED
             rows = (self._before(x)[known], x[known], y[known])
             self.counts.index_put_(rows, torch.ones(len(rows[0])), accumulate=True)

@@ -98,7 +98,7 @@ def _files(name: str) -> Iterator[str]:
     for path in _paths(package, folder, pattern):
         text = path.read_text(encoding="utf-8", errors="ignore")
         if package is None:
-            yield prose_and_code(text)[1]
+            yield ast.unparse(prose_and_code(text)[1])
         else:
             yield re.sub(comment, "", text, flags=re.S) if comment else text
 
@@ -123,12 +123,12 @@ def _paths(package: str | None, folder: str, pattern: str) -> list[Path]:
     return sorted(path for place in places or () for path in Path(place, folder).rglob(pattern))
 
 
-def prose_and_code(text: str) -> tuple[list[str], str]:
-    """The docstrings of Python's code, and the code without them and without comments."""
+def prose_and_code(text: str) -> tuple[list[str], ast.Module]:
+    """The docstrings of Python's code, and the code's tree without them and without comments."""
     prose, tree = [], ast.parse(text)
     for node in ast.walk(tree):
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
             prose.append(docstring)
             node.body = node.body[1:] or [ast.Pass()]
-    return prose, ast.unparse(tree)
+    return prose, tree
