@@ -249,10 +249,10 @@ print(f"in {LAYERS[-1]} the gates of the two differ in {differ:.0%} of their wei
 # %% [markdown]
 # ## Of what are the ranks?
 #
-# The last layer sees some context, and its two gates differ a little. But do gates tell texts apart, or
-# kinds of characters? Both can be measured in the same unit: take the mean gate of each text, and
-# that of each kind of character over all texts. How far is each from the overall mean, as the share
-# of weight that would have to move (half the L1 distance)?
+# The last layer sees some context, and its two gates differ a little. But do gates tell texts
+# apart, or kinds of characters? Both can be measured in the same unit: take the mean gate of each
+# text, and that of each kind of character over all texts. How far is each from the overall mean, as
+# the share of weight that would have to move (half the L1 distance)?
 
 # %%
 KINDS = {
@@ -391,11 +391,11 @@ assert delta_cost > scale_cost + 0.03
 assert end["told"] < min(by_delta[:, 1].min(), by_scale[:, 1].min())
 
 # %% [markdown]
-# A score says how well a rank fits a character, and the characters of English are those of code.
-# So a threshold silences ranks on English and on what was learned at once, and pays more than a
+# A score says how well a rank fits a character, and the characters of English are those of code. So
+# a threshold silences ranks on English and on what was learned at once, and pays more than a
 # smaller scale does. Neither comes near the model that is told, and none near the counts. In this
-# model, a gate by token is more a gate by character than by text. Where every input carries its domain, as images do in
-# notebook 4, the same gate keeps more of what was learned than LoRA does.
+# model, a gate by token is more a gate by character than by text. Where every input carries its
+# domain, as images do in notebook 4, the same gate keeps more of what was learned than LoRA does.
 #
 # ## Exercises
 #
