@@ -216,6 +216,8 @@ def names(model: Any = None, *kinds: Kind) -> list[str]:
 def _has(model: Any, need: str) -> bool:
     """Whether a model has what backbones.py names so, and not something else of that name."""
     found = getattr(model, need, None)
+    if need == "vocabulary":
+        return isinstance(found, int)
     if need == "features":
         return callable(found) and not isinstance(found, nn.Module)
     return isinstance(found, nn.Parameter) and found.ndim == 2

@@ -3,7 +3,7 @@
     targets         a pattern for the layers that adapters wrap; by default all linear layers
     features(x)     (N, F), what it makes of an input before it answers
     classes         (C, F), an embedding of each class: logits = features(x) classesᵀ
-    vocabulary      (C, D), an embedding of each token it reads: it says after each what comes next
+    vocabulary      a number C: it reads tokens (N, T), and says after each which of C comes next
 
 Without the last three it can be carried through a stream as well, but for those who need them
 (`minimoe list` says who).
@@ -112,7 +112,8 @@ class Decoder(nn.Module):
 
     def __init__(self, classes: int, length: int, D: int = 64, heads: int = 4, blocks: int = 2):
         super().__init__()
-        self.vocabulary = nn.Parameter(0.5 * torch.randn(classes, D))
+        self.vocabulary = classes
+        self.tokens = nn.Parameter(0.5 * torch.randn(classes, D))
         self.positions = nn.Parameter(0.5 * torch.randn(length, D))
         self.blocks = nn.Sequential(
             *[TransformerBlock(D, heads, causal=True) for _ in range(blocks)]
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
         self.classes = nn.Parameter(torch.randn(classes, D) / math.sqrt(D))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.blocks(self.vocabulary[x] + self.positions[: x.shape[1]])
+        h = self.blocks(F.embedding(x, self.tokens) + self.positions[: x.shape[1]])
         return F.layer_norm(h, h.shape[-1:]) @ self.classes.T
 
 

@@ -82,10 +82,15 @@ class Trigram(Learner):
     """
 
     KAPPA = 4.0
+    MOST = 256  # of which all counts of three are 67 MB
 
     def __init__(self, model: Any, stream: Stream):
         super().__init__(model)
-        C = len(model.vocabulary)
+        C, x = model.vocabulary, data.leading(stream.tasks[0].test, 1)
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.is_floating_point():
+            raise ValueError("trigram is for a tensor of tokens (N, T), not for other inputs")
+        if C > self.MOST:
+            raise ValueError(f"trigram: vocabulary is {C}, allowed: up to {self.MOST}")
         self.counts = torch.zeros(C + 1, C, C)  # of a, b, c; a is C where b is the first
         if stream.base is not None:
             self._add(stream.base)

@@ -139,11 +139,12 @@ def passages(module: str, tokenizer: Any, draw: torch.Generator) -> tuple[Tensor
     train: dict[tuple[int, ...], None] = {}  # a passage counts once
     test: dict[tuple[int, ...], None] = {}
     for i in torch.randperm(len(texts), generator=draw).tolist():
+        side = test if len(test) < TEST else train
         ids = tokenizer(texts[i], add_special_tokens=False, verbose=False)["input_ids"]
         for end in range(wide, min(len(ids), MOST * wide) + 1, wide):
             passage = (tokenizer.cls_token_id, *ids[end - wide : end], tokenizer.sep_token_id)
             if passage not in test:
-                (test if len(test) < TEST else train)[passage] = None
+                side[passage] = None
     if len(train) < TRAIN:
         raise ValueError(f"docstrings needs more of {module} than this Python has")
     return torch.tensor(list(train)[:TRAIN]), torch.tensor(list(test)[:TEST])
@@ -156,7 +157,7 @@ def texts_of(module: str) -> list[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     texts: dict[str, None] = {}
     for path in (library / f"{module}.py", *sorted((library / module).rglob("*.py"))):
-        if path.exists() and not {"test", "tests"} & set(path.parts):
+        if path.exists() and not {"test", "tests"} & set(path.relative_to(library).parts):
             prose, _ = prose_and_code(path.read_text(encoding="utf-8"))
             texts |= dict.fromkeys(prose)
     return list(texts)

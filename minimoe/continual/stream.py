@@ -54,8 +54,9 @@ def explained(answers: Tensor, y: Tensor) -> Ratio:
 def minus_bits(answers: Tensor, y: Tensor) -> Ratio:
     """Minus the bits that a class y (...) costs under logits (..., C): 0 at best."""
     y = _fit(answers, y)
-    log_p = answers.double().log_softmax(-1).gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     counts = y != IGNORED
+    classes = y.where(counts, 0).unsqueeze(-1)
+    log_p = answers.double().log_softmax(-1).gather(-1, classes).squeeze(-1)
     return (log_p * counts).sum() / math.log(2), counts.sum()
 
 

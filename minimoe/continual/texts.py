@@ -5,7 +5,9 @@ torch's C++ headers and operator tables (YAML), matplotlib's font metrics and Nu
 all without comments. The score is minus the bits per character.
 
 It shows forgetting, and ranks nobody: `trigram`, which counts three characters in a row and trains
-nothing, answers better than adapters do. Read its row first.
+nothing, answers better than adapters do. Read its row first. Pages are trained on or tested on, but
+code repeats itself: of 32 characters in a row of the test, 1 (Python) to 25 (YAML) in a hundred
+stand in what is trained on, too.
 """
 
 import ast

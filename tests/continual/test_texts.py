@@ -17,7 +17,7 @@ class Reads:
     """A model of which a Trigram knows the size of the vocabulary alone."""
 
     def __init__(self, C):
-        self.vocabulary = torch.zeros(C, 1)
+        self.vocabulary = C
 
 
 def learned(C, base, *tasks):
