@@ -128,7 +128,9 @@ class Decoder(nn.Module):
 def mlp(stream: Stream) -> Backbone:
     """three linear layers for what is in a row, such as pixels"""
     if stream.real or isinstance(x := data.leading(stream.tasks[0].train, 1), dict):
-        raise ValueError(f"no model for {stream.name}: mlp is for tensors that belong to classes")
+        raise ValueError(
+            f"no model for {stream.name}: mlp is for tensors that belong to classes (integers)"
+        )
     return Backbone(stream.label_space(), (x.flatten(1).shape[1], 128, 128, 64))
 
 

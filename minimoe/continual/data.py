@@ -77,8 +77,8 @@ def batches(
         xy = pair(batch)
         if xy is None:
             raise ValueError(
-                f"a batch is a {type(batch).__name__}, allowed: (x, y) of tensors or of dictionaries "
-                "of tensors, or such a dictionary with labels"
+                f"a batch is a {type(batch).__name__}, allowed: (x, y) of tensors or of "
+                "dictionaries of them, or a dictionary with labels"
             )
         yield to(xy[0], device), to(xy[1], device)
 

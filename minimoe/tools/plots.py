@@ -31,11 +31,12 @@ def plot_compare(
 ) -> None:
     """A comparison as one figure: on the left, accuracy on the tasks seen so far after each task,
     mean over seeds and ± one standard deviation; on the right, every scheme's accuracy matrix.
-    (On the planted stream, the share of the answer explained.)
+    (Or the score of the stream, if it has another.)
 
     thick, dashed: the names whose lines are drawn so.
     """
-    what = "share explained" if result.stream == "planted" else "accuracy"
+    what = str(result.settings.get("score", "accuracy"))
+    what = "share explained" if what == "explained" or result.stream == "planted" else what
     names = list(result.schemes)
     matrices = {
         name: np.array(scheme.matrix, dtype=float) for name, scheme in result.schemes.items()
@@ -46,9 +47,12 @@ def plot_compare(
     panels: Any = figure.subfigures(1, 2, width_ratios=[5, 2.1 * across])
     left, right = panels
     curves(left.subplots(), matrices, thick, what, dashed)
+    every = np.concatenate([matrix.flatten() for matrix in matrices.values()])
+    shares = what in ("accuracy", "share explained")
+    limits = (0.0, 1.0) if shares else (float(np.nanmin(every)), float(np.nanmax(every)))
     grid = np.atleast_1d(right.subplots(down, across, sharex=True, sharey=True)).flatten()
     for axes, name in zip(grid, names, strict=False):
-        shade = heat_map(axes, matrices[name].mean(0), name)
+        shade = heat_map(axes, matrices[name].mean(0), name, limits)
     for axes in grid[len(names) :]:
         axes.axis("off")
     right.colorbar(shade, ax=list(grid), label=what, shrink=0.7)
@@ -204,12 +208,13 @@ def _question(result: StudyResult) -> str:
 def _plot_points(result: StudyResult, path: Path) -> None:
     """Rows from the top down, panels side by side, means and ± one standard deviation."""
     panels = result.panels
-    names, kinds = panels[0].names or [], panels[0].kinds or []
-    figure = Figure(
-        figsize=(1.6 + 2.9 * len(panels), 1.6 + 0.27 * len(names)), layout="constrained"
-    )
-    grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    most = max(len(panel.names or []) for panel in panels)
+    same = all(panel.names == panels[0].names for panel in panels)
+    size = 1.6 + (2.9 if same else 3.6) * len(panels), 1.6 + 0.27 * most
+    figure = Figure(figsize=size, layout="constrained")
+    grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=same))
     for axes, panel in zip(grid, panels, strict=True):
+        names, kinds = panel.names or [], panel.kinds or []
         for i, kind in enumerate(dict.fromkeys(kinds)):
             at = [y for y, other in enumerate(kinds) if other == kind]
             mean, std = ([panel.lines[y].mean[0] for y in at], [panel.lines[y].std[0] for y in at])
@@ -257,21 +262,26 @@ def curves(
         width, dash = 2.5 if name in thick else 1.2, "--" if name in dashed else "-"
         axes.plot(tasks, mean, label=name, lw=width, ls=dash, **style)
         axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
-    bottom = min(0, axes.get_ylim()[0]) if what != "accuracy" else 0
     axes.set(xlabel="tasks learned", ylabel=f"mean {what} on the tasks seen so far")
-    axes.set_ylim(bottom, 1)
+    if what in ("accuracy", "share explained"):
+        axes.set_ylim(min(0, axes.get_ylim()[0]) if what != "accuracy" else 0, 1)
     axes.set_xticks(tasks)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)
 
 
-def heat_map(axes: Any, matrix: np.ndarray, name: str) -> Any:
-    """One accuracy matrix (J + 1, J), its numbers in per cent."""
-    shade = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+def heat_map(
+    axes: Any, matrix: np.ndarray, name: str, limits: tuple[float, float] = (0.0, 1.0)
+) -> Any:
+    """One accuracy matrix (J + 1, J), its numbers in per cent; or one of other scores, which lie
+    between the limits, as they are."""
+    low, high = limits
+    shade = axes.imshow(matrix, vmin=low, vmax=high, cmap="viridis", aspect="auto")
     for (i, j), entry in np.ndenumerate(matrix) if matrix.shape[1] <= 10 else ():
         if not np.isnan(entry):
-            colour = "black" if entry > 0.55 else "white"
-            axes.text(j, i, f"{100 * entry:.0f}", ha="center", va="center", color=colour, size=7)
+            colour = "black" if entry > low + 0.55 * (high - low) else "white"
+            said = f"{100 * entry:.0f}" if limits == (0, 1) else f"{entry:.1f}"
+            axes.text(j, i, said, ha="center", va="center", color=colour, size=7)
     axes.set_title(name, fontsize=9)
     axes.set_xticks(range(matrix.shape[1]), [str(j + 1) for j in range(matrix.shape[1])])
     axes.set_yticks(range(matrix.shape[0]))

@@ -31,7 +31,7 @@ PLANTED_LEGEND = """\
 reachable: the ACC that no training can pass, by algebra; with ≥, one that the scheme is shown to be
 able to express."""
 PROBLEMS_LEGEND = """\
-In the adapted layers, on 64 test images of each task. interference: how far outputs for old tasks
+In the adapted layers, on 64 test examples of each task. interference: how far outputs for old tasks
 have moved since each was learned, relative. intrusion: share of their gate's weight that later
 ranks take. redundancy: largest |cosine| of a new rank with an old one. ambiguity: the gate's
 entropy, 1 where all experts weigh the same. instability: share of the ranks chosen for an old
