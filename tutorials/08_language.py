@@ -5,7 +5,7 @@
 # Losses are in bits per character, so they can be read. Notebooks 1 to 3 say what the schemes are.
 # All of them forget here; the gates show why. **It ranks nobody:** counts of three characters, no
 # network at all, do better than every adapter below, and stand beside them wherever an end is
-# shown. About 80 seconds on one CPU core.
+# shown. A minute and a half on one CPU core.
 
 # %%
 import copy
