@@ -174,14 +174,14 @@ assert start > 0.5 and probed > 0.5
 HOW = {"seed": 0, "epochs": 3, "device": device, "how": {"batch": 32}}
 
 
-def run(scheme, settings):
+def lived(scheme, settings):
     def make(model, stream):
         return AdapterLearner(model, scheme, grows=scheme is not LoRA, **settings)
 
     return run_stream(make, base, stream, **HOW)
 
 
-runs = {name: run(*of) for name, of in SCHEMES.items()}
+runs = {name: lived(*of) for name, of in SCHEMES.items()}
 joint = run_stream(lambda model, stream: Joint(model, stream, rank=2), base, stream, **HOW)
 matrices = {name: np.array(life.matrix) for name, life in runs.items()}
 for matrix in matrices.values():
