@@ -171,3 +171,74 @@ def test_other_weights_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="not the weights that are known"):
         docstrings.minilm()
     docstrings.minilm.cache_clear()
+
+
+def test_passages_of_one_docstring_are_on_one_side():
+    tokenizer, _ = docstrings.minilm()
+    of = {}  # a passage's words, and the docstrings that it is in
+    for n, text in enumerate(docstrings.texts_of("logging")):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for end in range(18, min(len(ids), 54) + 1, 18):
+            of.setdefault(tuple(ids[end - 18 : end]), set()).add(n)
+    for seed in range(5):
+        draw = torch.Generator().manual_seed(seed)
+        train, test = docstrings.passages("logging", tokenizer, draw)
+        sides = []
+        for part in (train, test):
+            owners = [of[tuple(row[1:-1])] for row in part.tolist()]
+            sides.append({min(own) for own in owners if len(own) == 1})
+        assert not sides[0] & sides[1]
+
+
+def test_a_library_below_a_folder_of_tests_is_read(tmp_path, monkeypatch):
+    library = tmp_path / "tests" / "lib"
+    (library / "mine" / "tests").mkdir(parents=True)
+    (library / "mine" / "a.py").write_text('"""Says what it does."""')
+    (library / "mine" / "tests" / "b.py").write_text('"""Not this."""')
+    monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    assert docstrings.texts_of("mine") == ["Says what it does."]
+
+
+@pytest.mark.parametrize(
+    ("C", "x", "message"),
+    [
+        (9, {"ids": torch.zeros(3, 4, dtype=torch.int64)}, "trigram is for a tensor of tokens"),
+        (9, torch.randn(3, 4), r"trigram is for a tensor of tokens \(N, T\)"),
+        (9, torch.zeros(3, dtype=torch.int64), "trigram is for a tensor of tokens"),
+        (257, torch.zeros(3, 4, dtype=torch.int64), "vocabulary is 257, allowed: up to 256"),
+    ],
+)
+def test_a_trigram_of_something_else_is_refused(C, x, message):
+    y = torch.zeros(3, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        Trigram(Reads(C), Stream("s", [Task("a", (x, y), (x, y))]))
+
+
+def test_only_a_number_is_a_vocabulary():
+    model = torch.nn.Linear(2, 2)
+    model.vocabulary = torch.nn.Parameter(torch.zeros(9, 2))
+    assert "trigram" not in names(model)
+
+
+def test_tokens_and_labels_below_0_are_refused():
+    model = streams.make("sequences", 1).model(streams.make("sequences", 1))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.tensor([[1, -1]]))
+    with pytest.raises((IndexError, RuntimeError)):
+        minus_bits(torch.zeros(2, 4), torch.tensor([-1, 0]))
+    assert minus_bits(torch.zeros(2, 4), torch.tensor([IGNORED, 0])) == (-2, 1)
+
+
+def test_pictures_show_scores_below_0(tmp_path):
+    from matplotlib.figure import Figure
+
+    from minimoe.tools.plots import curves, heat_map
+
+    axes = Figure().subplots()
+    curves(axes, {"one": torch.full((1, 3, 2), -4.0).numpy()}, what="minus bits")
+    assert axes.get_ylim()[0] < -4 < axes.get_ylim()[1] < 0
+    axes = Figure().subplots()
+    shade = heat_map(axes, torch.full((3, 2), -4.0).numpy(), "one", (-6.0, -3.0))
+    assert shade.get_clim() == (-6, -3) and axes.texts[0].get_text() == "-4.0"
+    heat_map(axes, torch.full((3, 2), 0.5).numpy(), "one")
+    assert axes.texts[-1].get_text() == "50"
