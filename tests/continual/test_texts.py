@@ -134,6 +134,7 @@ def test_texts_that_are_not_there_are_named(name, monkeypatch):
     texts.read.cache_clear()
 
 
+@pytest.mark.slow
 def test_docstrings_are_read_by_the_whole_encoder():
     """What is said below is computed once, and is the same function."""
     stream = streams.make("docstrings", 2, seed=1)
@@ -173,6 +174,7 @@ def test_other_weights_are_refused(monkeypatch):
     docstrings.minilm.cache_clear()
 
 
+@pytest.mark.slow
 def test_passages_of_one_docstring_are_on_one_side():
     tokenizer, _ = docstrings.minilm()
     of = {}  # a passage's words, and the docstrings that it is in
