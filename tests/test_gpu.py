@@ -6,10 +6,11 @@ from torch import nn
 
 from minimoe import MoRA
 from minimoe.adapt import context
+from minimoe.continual.backbones import Backbone
 from minimoe.continual.learn import pretrain, run_stream
 from minimoe.continual.streams import make
 from minimoe.laws import live
-from minimoe.roster import ROSTER, SCHEMES
+from minimoe.roster import ROSTER, SCHEMES, names
 from minimoe.sparse import rank_scores, rank_sparse, top_scores
 
 pytestmark = [
@@ -81,7 +82,7 @@ def test_layers_equal_their_cpu_selves(name, path):
         assert torch.allclose(cpu, gpu.cpu(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ROSTER)
+@pytest.mark.parametrize("name", names(Backbone()))
 def test_learners_live_on_the_device(name):
     stream = make("permuted-digits", 2)
     started = pretrain(stream, 0, "cuda")

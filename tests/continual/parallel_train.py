@@ -14,7 +14,7 @@ from minimoe import LoRAMoE
 from minimoe.adapt import adapt, context, grow, load_state, parameters, state
 from minimoe.continual import streams
 from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, train
-from minimoe.roster import ROSTER
+from minimoe.roster import ROSTER, names
 from minimoe.schemes.smora import SMoRA
 from minimoe.tools import parallel
 
@@ -31,7 +31,7 @@ def learned(backbone, stream):
     """{learner: what it has learned} at the end of the stream."""
     found = {}
     balanced = partial(AdapterLearner, scheme=LoRAMoE, rank=4, balance=0.1)
-    every = {name: entry.make for name, entry in ROSTER.items()}
+    every = {name: ROSTER[name].make for name in names(backbone)}
     every["lora_moe balanced"] = lambda model, stream: balanced(model)
     for name, make in every.items():
 

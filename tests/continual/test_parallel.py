@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimoe.roster import ROSTER
+from minimoe.continual.backbones import Backbone
+from minimoe.roster import names
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +38,7 @@ def said(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", [*ROSTER, "lora_moe balanced"])
+@pytest.mark.parametrize("name", [*names(Backbone()), "lora_moe balanced"])
 def test_two_processes_learn_what_one_learns(name, said):
     assert said["processes"] == 2
     assert said["apart"][name] < 1e-12
