@@ -171,6 +171,14 @@ def test_the_findings_are_of_the_studies_of_today_and_as_readme_says():
     )
 
 
+def test_what_readme_says_of_gates_that_see_a_patch():
+    rows = json.loads((ROOT / "tutorials" / "findings" / "tokens.json").read_text())["rows"]
+    for name in ("mora", "lora"):
+        acc = rows[f"patch, {name}"]["acc"]
+        said = f"{name} {acc['mean']:.3f} ± {acc['std']:.3f}".replace(" 0.", " .")
+        assert said in " ".join(README.split())
+
+
 def test_the_number_of_laws():
     words = {19: "nineteen"}
     assert f"holds it to {words[len(LAWS)]} laws" in README

@@ -2,7 +2,7 @@
 
 The base domain is English, the documentation of Python. The tasks are Python's library without it,
 torch's C++ headers and operator tables (YAML), matplotlib's font metrics and NumPy's C headers,
-all without comments. The score is minus the bits per character.
+the code without comments. The score is minus the bits per character.
 
 It shows forgetting, and ranks nobody: `trigram`, which counts three characters in a row and trains
 nothing, answers better than adapters do. Read its row first. Pages are trained on or tested on, but
