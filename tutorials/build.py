@@ -52,6 +52,20 @@ def solved(name: str) -> NotebookNode:
     return notebook
 
 
+def answered(name: str) -> NotebookNode:
+    """The notebook in which every exercise is checked twice: as it stands, and then solved."""
+    notebook, answers = source(name), exercises(solved(name))
+    cells, solution = [], None
+    for cell in notebook.cells:
+        cells.append(cell)
+        solution = answers.get(cell.metadata.get("title", ""), solution)
+        if solution is not None and 'with exercise("' in cell.source:
+            cells += [copy.deepcopy(solution), copy.deepcopy(cell)]
+            cells[-2].id, cells[-1].id, solution = f"{cell.id}-solved", f"{cell.id}-again", None
+    notebook.cells = cells
+    return notebook
+
+
 def exercises(notebook: NotebookNode) -> dict[str, NotebookNode]:
     """Its cells that are exercises, by their titles."""
     cells = {cell.metadata.get("title", ""): cell for cell in notebook.cells}

@@ -24,7 +24,12 @@ def first(holds):
 half_the_time = first(
     lambda R: row("up-projection", "training", R, "gather")["ratio"]["median"] < 0.5
 )
-below_its_limit = first(lambda R: row("layer", "training", R, "mora")["ratio"]["median"] < 1)
+half_of_masked = first(
+    lambda R: (
+        row("layer", "training", R, "mora")["ratio"]["median"]
+        < row("layer", "training", R, "dense-masked")["ratio"]["median"] / 2
+    )
+)
 half_the_memory = first(
     lambda R: MiB["mora", "training", R] < MiB["dense-masked", "training", R] / 2
 )
