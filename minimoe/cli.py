@@ -80,7 +80,8 @@ def parser() -> Parser:
         "atlas too",
     )
     add("--seeds", nargs="+", type=int, metavar="N", help="default 0")
-    add("--tasks", type=int, metavar="N", help=f"default {usual.tasks}")
+    more = streams.usual_tasks("subspaces")
+    add("--tasks", type=int, metavar="N", help=f"default {usual.tasks}, for subspaces {more}")
     add("--epochs", type=int, metavar="N", help=f"per task, default {EPOCHS}")
     add("--lr", type=float, help=f"learning rate, default {usual.lr}")
     add("--batch", type=int, metavar="N", help=f"examples in a batch, default {usual.batch}")
@@ -280,7 +281,8 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def fresh(given: dict[str, Any]) -> Options:
     """The options of a run that starts, before any of it is made."""
-    options = Options(**given)
+    usual = streams.usual_tasks(given.get("stream"))
+    options = Options(**{"tasks": usual, **given})
     seeds = list(dict.fromkeys(options.seeds))
     streams.require_seeds(seeds)
     return dataclasses.replace(options, seeds=seeds)

@@ -97,7 +97,7 @@ def compare(
     if jobs != 1 and (backend := type(get_active_backend()[0]).__name__) == "ThreadingBackend":
         raise ValueError(f"jobs run in {backend}, allowed: processes (torch has one seed in each)")
     if tasks is None:
-        tasks = len(stream.tasks) if isinstance(stream, Stream) else Options().tasks
+        tasks = len(stream.tasks) if isinstance(stream, Stream) else streams.usual_tasks(stream)
     setting = Setting(stream, backbone, targets, tasks, device)
     trial, model = stream_of(setting, seeds[0]), setting.new_model(seeds[0])
     entries = dict(schemes) if isinstance(schemes, Mapping) else choose(schemes, trial, model)
@@ -155,11 +155,13 @@ def compare(
             cells[key] = run
             done(f"{key[1]}, seed {key[0]}", tasks)
     limits: dict[str, list[Reachable]] = {}
+    closed: dict[str, list[float]] = {}
     if trial.reachable is not None and backbone is None:
         for seed in seeds:
             model, made = pretrained(setting, seed), stream_of(setting, seed)
             for name, reach in trial.reachable(model, made, _settings(changes)).items():
-                limits.setdefault(name, []).append(reach)
+                by_name: dict[str, list[Any]] = limits if isinstance(reach, Reachable) else closed
+                by_name.setdefault(name, []).append(reach)
     settings: dict[str, Any] = {"tasks": tasks, "epochs": epochs}
     settings |= shown_settings(ROSTER | entries, changes)
     settings |= {"batch": batch, "lr": lr, "optimiser": optimiser}
@@ -177,6 +179,7 @@ def compare(
             name: _over_seeds([cells[seed, name] for seed in seeds], limits.get(name))
             for name in entries
         },
+        closed_forms={name: Spread.of(values) for name, values in closed.items()} or None,
     )
 
 

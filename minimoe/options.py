@@ -79,7 +79,8 @@ class Options:
 
     def command(self, usual: list[str]) -> str:
         """What a user types to have this run; `usual` are the schemes of one that names none."""
-        default, words = Options(schemes=usual), ["minimoe", "compare"]
+        default = Options(schemes=usual, tasks=streams.usual_tasks(self.stream))
+        words = ["minimoe", "compare"]
         for name in ("stream", "schemes", "seeds", "tasks", *FIXED[1:]):
             value = getattr(self, name)
             if value not in (getattr(default, name), []):  # no schemes: the usual ones

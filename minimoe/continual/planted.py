@@ -31,12 +31,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter import Adapter
 from ..lora_moe import LoRAMoE
 from ..mora import MoRA
 from ..tools.results import Reachable
+from .linear import linear, reduced_rank
 from .probe import dense_gate
 from .stream import Stream, Task, score
 
@@ -68,28 +69,7 @@ def planted(tasks: int, seed: int) -> Stream:
     for t, U in enumerate(torch.linalg.qr(normal(D, D)).Q.split(M, dim=1)[: min(tasks, 5)]):
         P, V = (torch.linalg.qr(normal(n, Q)).Q for n in (D, M))
         made.append(task(f"subspace {t + 1}", W0 + 3 * P @ V.T @ U.T, U, 2.0, 1024))
-    return Stream("planted", made, base, model=_linear, reachable=reachable)
-
-
-class Linear(nn.Module):
-    """One linear layer; its input is all that it knows of one."""
-
-    targets = "fc1"
-
-    def __init__(self, D: int, O: int):
-        super().__init__()
-        self.fc1 = nn.Linear(D, O, bias=False)
-
-    def features(self, x: Tensor) -> Tensor:
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc1(x)
-
-
-def _linear(stream: Stream) -> nn.Module:
-    task = stream.tasks[0]
-    return Linear(task.x_train.shape[1], task.y_train.shape[1])
+    return Stream("planted", made, base, model=linear, reachable=reachable)
 
 
 @torch.no_grad()
@@ -132,15 +112,6 @@ def reachable(
     return {name: Reachable(acc, None, limit=True) for name, acc in limits.items()} | {
         name: Reachable(acc, None, limit=False) for name, acc in shown.items()
     }
-
-
-def reduced_rank(x: Tensor, e: Tensor, rank: int) -> Tensor:
-    """The Δ (O, D) of that rank at most with the least Σ‖e - Δ x‖² over x (N, D) and e (N, O):
-    least squares, projected on the leading right singular vectors of its answers (reduced-rank
-    regression; Izenman 1975, J. Multivariate Anal. 5; by Eckart and Young's theorem)."""
-    fit = torch.linalg.lstsq(x, e, driver="gelsd").solution  # (D, O)
-    leading = torch.linalg.svd(x @ fit, full_matrices=False).Vh[:rank]
-    return (fit @ leading.T @ leading).T
 
 
 def plant_lora_moe(layer: LoRAMoE, tasks: Data) -> LoRAMoE:

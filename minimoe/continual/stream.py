@@ -166,7 +166,8 @@ class Stream:
     loss: loss(answers, y), a mean over examples, to be trained on.
     score: score(answers, y), the higher the better: a mean over examples, or (sum, weight).
     pretraining: arguments of learn.train for the base domain, where they differ from PRETRAIN.
-    reachable: reachable(model, stream, settings), what each scheme can reach at best, by name.
+    reachable: reachable(model, stream, settings), what is known by algebra, by name: of a scheme a
+        Reachable, what it can reach at best; of a closed form a number, what it scores.
 
     Raises ValueError if there are no tasks, or two have one name.
     """

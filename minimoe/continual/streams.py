@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from ..tools.load import load_function
 from ..tools.seeds import seeded
+from .clusters import clusters
 from .digits import (
     conflict,
     digit_worlds,
@@ -18,9 +19,10 @@ from .docstrings import docstrings
 from .planted import planted
 from .sequences import sequences
 from .stream import Stream, Task
+from .subspaces import TASKS, subspaces
 from .texts import texts
 
-__all__ = ["STREAMS", "Stream", "Task", "make", "require_seeds", "shows"]
+__all__ = ["STREAMS", "Stream", "Task", "make", "require_seeds", "shows", "usual_tasks"]
 
 MOST_SEED = 2**32 - 1  # scikit-learn's
 MOST_TASKS = 1000
@@ -35,10 +37,17 @@ STREAMS: dict[str, Callable[[int, int], Stream]] = {
     "overlap": overlap,
     "conflict": conflict,
     "planted": planted,
+    "subspaces": subspaces,
+    "clusters": clusters,
     "sequences": sequences,
     "texts": texts,
     "docstrings": docstrings,
 }
+
+
+def usual_tasks(stream: object) -> int:
+    """How many tasks a run takes of a stream, by name or not, if it does not say."""
+    return TASKS if stream == "subspaces" else 5
 
 
 def make(name: str, tasks: int = 5, seed: int = 0) -> Stream:

@@ -98,7 +98,8 @@ class SchemeResult:
 @dataclass(frozen=True)
 class CompareResult:
     """What compare.json holds. code: the fingerprint of the code that made it (fingerprint.py),
-    None where it is not known."""
+    None where it is not known. closed_forms: what these score by algebra, where the stream says it;
+    they are no schemes."""
 
     stream: str
     device: str
@@ -107,6 +108,7 @@ class CompareResult:
     seeds: list[int]
     settings: dict[str, Any]
     schemes: dict[str, SchemeResult]
+    closed_forms: dict[str, Spread] | None = None
     __pydantic_config__ = EXACT
 
     @classmethod

@@ -30,6 +30,8 @@ Here accuracy is the share of the answer explained, 1 - Σ‖ŷ - y‖² / Σ‖
 PLANTED_LEGEND = """\
 reachable: the ACC that no training can pass, by algebra; with ≥, one that the scheme is shown to be
 able to express."""
+CLOSED_LEGEND = """\
+Closed forms: ACC by algebra, without training steps, from the training data of all tasks at once."""
 PROBLEMS_LEGEND = """\
 In the adapted layers, on 64 test examples of each task. interference: how far outputs for old tasks
 have moved since each was learned, relative. intrusion: share of their gate's weight that later
@@ -110,6 +112,9 @@ def table(result: CompareResult, width: int | None = None) -> str:
             problems.append([name, *cells])
     legends = [filled(text, width) for text in (LEGEND, *_score_legend(result, planted))]
     lines = [filled(title(result), width), "", *aligned(rows, width), "", *legends]
+    if result.closed_forms:
+        closed = [["", COLUMNS["acc"]], *([n, cell(acc)] for n, acc in result.closed_forms.items())]
+        lines += ["", *aligned(closed, width), "", filled(CLOSED_LEGEND, width)]
     if len(problems) > 1:
         lines += ["", *aligned(problems, width), "", filled(PROBLEMS_LEGEND, width)]
     return "\n".join(lines)
@@ -220,6 +225,8 @@ def grid(kind: str, result: Any) -> tuple[list[str], list[list[Any]]]:
         reach = ["reachable"] * any(s.reachable for s in result.schemes.values())
         keys = [*reach, *measures, *counts, "seconds", "step"]
         rows = [[name, *(getattr(s, k) for k in keys)] for name, s in result.schemes.items()]
+        for name, acc in (result.closed_forms or {}).items():
+            rows.append([name, *(acc if key == "acc" else None for key in keys)])
         return ["scheme", *keys[:-1], "seconds per step"], rows
     if kind == "study":
         rows = [[label, *(row[m] for m in result.columns)] for label, row in result.rows.items()]
