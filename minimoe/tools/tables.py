@@ -31,7 +31,7 @@ PLANTED_LEGEND = """\
 reachable: the ACC that no training can pass, by algebra; with ≥, one that the scheme is shown to be
 able to express."""
 CLOSED_LEGEND = """\
-Closed forms: ACC by algebra, without training steps, from the training data of all tasks at once."""
+Closed forms: ACC by algebra, not by training steps, from the training data of all tasks at once."""
 PROBLEMS_LEGEND = """\
 In the adapted layers, on 64 test examples of each task. interference: how far outputs for old tasks
 have moved since each was learned, relative. intrusion: share of their gate's weight that later
