@@ -13,8 +13,8 @@ import pytest
 
 from minimoe import bench
 from minimoe.compare import shown_settings
+from minimoe.continual.linear import Linear
 from minimoe.continual.metrics import METRICS
-from minimoe.continual.planted import Linear
 from minimoe.continual.probe import PROBLEMS
 from minimoe.laws import LAWS
 from minimoe.roster import EPOCHS, ROSTER, names

@@ -73,9 +73,9 @@ def to_mean(x: Tensor, seen: Tensor) -> Tensor:
 
 
 def in_subspace(x: Tensor, seen: Tensor, m: int) -> Tensor:
-    """‖U x‖², U (m, D) the leading m principal directions of `seen`, about 0."""
-    U = torch.linalg.svd(seen, full_matrices=False).Vh[:m]
-    return (x @ U.T).square().sum(1)
+    """‖Uᵀ x‖², U (D, m) the leading m principal directions of `seen`, about 0."""
+    U = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -m:]
+    return (x @ U).square().sum(1)
 
 
 def one_map(stream: Stream) -> float:

@@ -10,12 +10,13 @@ from minimoe.cli import main
 from minimoe.compare import compare
 from minimoe.continual import planted, streams
 from minimoe.continual.learn import pretrain
-from minimoe.continual.planted import reachable, reduced_rank
+from minimoe.continual.linear import Linear, reduced_rank
+from minimoe.continual.planted import reachable
 from minimoe.continual.stream import score
 from minimoe.roster import ROSTER, names
 
 STREAM = streams.make("planted", 3, seed=1)
-BY_DEFAULT = names(planted.Linear(1, 1), "scheme", "baseline", "bound")
+BY_DEFAULT = names(Linear(1, 1), "scheme", "baseline", "bound")
 
 
 def settings(**changes):
@@ -134,7 +135,7 @@ def test_compare_prints_the_reachable_beside_the_learned(tmp_path, capsys):
 
 
 def test_learners_that_need_classes_are_refused(tmp_path):
-    lacks = set(names()) - set(names(planted.Linear(1, 1)))
+    lacks = set(names()) - set(names(Linear(1, 1)))
     assert lacks == {"class_mean", "head_only", "trigram"}
     with pytest.raises(ValueError, match="scheme is 'head_only', allowed on planted: lora, "):
         compare(tmp_path, "planted", ["head_only"])

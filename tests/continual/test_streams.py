@@ -13,18 +13,19 @@ from minimoe.roster import ROSTER
 def test_a_stream_states_its_tasks_and_keeps_test_images_out(name):
     stream = streams.make(name, 5, seed=3)
     assert len(stream.tasks) == 5 and streams.shows(name)
-    assert stream.real == (name == "planted")
+    real = name in ("planted", "subspaces", "clusters")
+    assert stream.real == real
     tokens = name in ("sequences", "texts")
-    images = not tokens and name not in ("planted", "docstrings")
+    images = not tokens and not real and name != "docstrings"
     if images or name == "docstrings":
         found = {label for task in stream.tasks for label in task.labels}
         assert found == set(range(stream.label_space()))
-    shape = {"sequences": (16,), "docstrings": (20, 384)}.get(name, (64,))
+    shape = {"sequences": (16,), "clusters": (128,), "docstrings": (20, 384)}.get(name, (64,))
     for task in (*stream.tasks, *filter(None, [stream.base])):
         assert task.x_train.shape[1:] == task.x_test.shape[1:] == shape
         assert not images or (task.x_train.min() >= -1 and task.x_train.max() <= 1)
         assert task.x_train.dtype == (torch.int64 if tokens else torch.float32)
-        assert task.y_train.dtype == (torch.float32 if name == "planted" else torch.int64)
+        assert task.y_train.dtype == (torch.float32 if real else torch.int64)
         train = {tuple(x.flatten().tolist()) for x in task.x_train}
         shared = sum(tuple(x.flatten().tolist()) in train for x in task.x_test)
         # code repeats itself: tables of a font, and the heads of files

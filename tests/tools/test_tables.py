@@ -94,6 +94,7 @@ class Result:
         ),
         "oracle": Row(acc=Spread(-0.5, None), reachable=None, trainable=70_000),
     }
+    closed_forms: ClassVar = {"one linear map": Spread(0.25, 0.125)}
 
 
 def test_what_is_missing_is_empty_or_a_dash():
@@ -106,3 +107,11 @@ def test_what_is_missing_is_empty_or_a_dash():
     assert shown[3].startswith("| oracle | – | -.500 | – |") and "| 70,000 |" in shown[3]
     tex = formatted("compare", Result, "latex")
     assert r"mora & $\geq  .900$ & $.333 \pm .100$ & -- &" in tex
+
+
+def test_a_closed_form_is_a_row_with_nothing_but_its_accuracy():
+    row = list(csv.DictReader(io.StringIO(formatted("compare", Result, "csv"))))[2]
+    filled = {name: value for name, value in row.items() if value}
+    assert filled == {"scheme": "one linear map", "acc": "0.25", "acc std": "0.125"}
+    last = formatted("compare", Result, "markdown").splitlines()[-1]
+    assert last.startswith("| one linear map | – | .250±.125 | – |")
