@@ -264,7 +264,7 @@ def draw(result: CompareResult, folder: Path) -> list[str]:
         result,
         folder / "compare.png",
         thick=[name for name, of in kinds.items() if of == "scheme"],
-        dashed=[name for name, of in kinds.items() if of in ("baseline", "bound")],
+        dashed=[name for name, of in kinds.items() if of in ("baseline", "privileged")],
     )
     if all(scheme.intrusion.mean is None for scheme in result.schemes.values()):
         return ["compare.png"]
@@ -335,7 +335,7 @@ def choose(schemes: Sequence[str] | None, stream: Stream, model: Any) -> dict[st
 
 def usual_schemes(model: Any) -> list[str]:
     """The schemes of a run that does not name them: all but the atlas."""
-    return names(model, "scheme", "baseline", "bound")
+    return names(model, "scheme", "baseline", "privileged")
 
 
 def _try(

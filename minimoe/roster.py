@@ -16,8 +16,10 @@ from torch import nn
 from . import schemes
 from .adapter import Adapter
 from .continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA, Trigram
+from .continual.closed import LDA, OwnRidge, Ridge
 from .continual.learn import AdapterLearner, Learner
 from .continual.learners import TaskLabelLearner
+from .continual.replay import Replay
 from .continual.stream import Stream
 from .lora import LoRA
 from .lora_moe import LoRAMoE
@@ -25,7 +27,7 @@ from .mora import MoRA
 from .tools.fingerprint import of_own
 from .tools.load import load_class
 
-Kind = Literal["scheme", "atlas", "baseline", "bound"]
+Kind = Literal["scheme", "atlas", "baseline", "privileged"]
 
 # The toy streams' own settings. The schemes' defaults are their papers', for transformers of
 # width 768 with 16 ranks a task; a layer here is at most 128 wide and learns 5 tasks of 8 ranks.
@@ -46,7 +48,7 @@ class Entry:
     """What the roster says of one name.
 
     kind: a "scheme" of this package's title, one of the "atlas", a "baseline" that a scheme should
-        beat, or a "bound" on what could be reached.
+        beat, or "privileged": it sees all tasks at once, or is told at test which one it is.
     summary: what `minimoe list` says.
     scheme: its class, if it has adapters.
     learner: learner(model, scheme=scheme, **settings) is what lives through a stream; without a
@@ -162,12 +164,55 @@ ROSTER: dict[str, Entry] = {
         schemes.ewc.EWCLearner,
         TOY,
     ),
+    "alone": Entry(
+        "atlas",
+        "whole LoRAs trained alone; the one whose mean input is nearest speaks",
+        schemes.alone.Alone,
+        schemes.alone.AloneLearner,
+        TOY,
+    ),
+    "ridge_features": Entry(
+        "atlas",
+        "ridge, on the frozen features",
+        learner=partial(Ridge, M=200, frozen=True),
+        needs=("features",),
+    ),
+    "own_ridge_features": Entry(
+        "atlas",
+        "own_ridge, on the frozen features",
+        learner=partial(OwnRidge, frozen=True),
+        needs=("features",),
+    ),
+    "lda_features": Entry(
+        "atlas",
+        "lda, on the frozen features",
+        learner=partial(LDA, frozen=True),
+        needs=("features", "classes"),
+    ),
     "zero_shot": Entry("baseline", "no adaptation, the backbone as it is", learner=Learner),
     "class_mean": Entry(
         "baseline",
         "nearest class mean of frozen features",
         learner=ClassMean,
         needs=("features", "classes"),
+    ),
+    "ridge": Entry(
+        "baseline",
+        "one ridge regression for all tasks, on random features of the inputs",
+        learner=Ridge,
+        needs=("inputs",),
+    ),
+    "own_ridge": Entry(
+        "baseline",
+        "each task's own ridge regression; the one whose mean input is nearest answers",
+        learner=OwnRidge,
+        needs=("inputs",),
+    ),
+    "lda": Entry(
+        "baseline",
+        "nearest mean of the inputs, by task and class, under one covariance",
+        learner=LDA,
+        needs=("inputs", "classes"),
     ),
     "trigram": Entry(
         "baseline",
@@ -184,14 +229,35 @@ ROSTER: dict[str, Entry] = {
     "lora_grown": Entry(
         "baseline", "ranks added per task, all of them always on", LoRA, settings=TOY
     ),
+    "mora_detached": Entry(
+        "baseline",
+        "mora, whose gate has no gradient: a key learns as a LoRA's does",
+        MoRA,
+        partial(AdapterLearner, detach_gate=True),
+        {**TOY, "top_k": 8, "tau": 0.1, "delta": 0.2},
+    ),
+    "replay_20": Entry(
+        "baseline",
+        "lora, and 20 examples of each task that is over beside each batch",
+        LoRA,
+        partial(Replay, keep=20),
+        TOY,
+    ),
+    "replay_80": Entry(
+        "baseline",
+        "lora, and 80 examples of each task that is over beside each batch",
+        LoRA,
+        partial(Replay, keep=80),
+        TOY,
+    ),
     "joint": Entry(
-        "bound",
+        "privileged",
         "one LoRA with all tasks' ranks, trained on all tasks at once",
         learner=Joint,
         settings=TOY,
     ),
     "oracle": Entry(
-        "bound", "one LoRA per task, told at test which task it is", ToldLoRA, Oracle, TOY
+        "privileged", "one LoRA per task, told at test which task it is", ToldLoRA, Oracle, TOY
     ),
 }
 
@@ -216,7 +282,7 @@ def names(model: Any = None, *kinds: Kind) -> list[str]:
 def _has(model: Any, need: str) -> bool:
     """Whether a model has what backbones.py names so, and not something else of that name."""
     found = getattr(model, need, None)
-    if need == "vocabulary":
+    if need in ("vocabulary", "inputs"):
         return isinstance(found, int)
     if need == "features":
         return callable(found) and not isinstance(found, nn.Module)

@@ -61,7 +61,7 @@ def accuracies() -> str:
     atlas = StudyResult.read(HERE / "findings" / "atlas.json")
     streams = [name.removeprefix("acc ") for name in atlas.columns if name.startswith("acc ")]
     lines = [f"| final accuracy | {' | '.join(streams)} |", "|---" * (len(streams) + 1) + "|"]
-    for name in names(Backbone(), "scheme", "baseline", "bound"):
+    for name in names(Backbone(), "scheme", "baseline", "privileged"):
         row = atlas.rows.get(name)
         cells = ["–" if row is None else spread(row[f"acc {s}"]) for s in streams]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -1,11 +1,12 @@
 """Small networks to adapt. What a model may have, beside its forward, for those who use it:
 
     targets         a pattern for the layers that adapters wrap; by default all linear layers
+    inputs          a number D: it reads D real numbers of an example, x (N, ...)
     features(x)     (N, F), what it makes of an input before it answers
     classes         (C, F), an embedding of each class: logits = features(x) classesᵀ
     vocabulary      a number C: it reads tokens (N, T), and says after each which of C comes next
 
-Without the last three it can be carried through a stream as well, but for those who need them
+Without the last four it can be carried through a stream as well, but for those who need them
 (`minimoe list` says who).
 """
 
@@ -35,6 +36,7 @@ class Backbone(nn.Module):
 
     def __init__(self, classes: int = 10, widths: tuple[int, ...] = (64, 128, 128, 64)):
         super().__init__()
+        self.inputs = widths[0]
         self.fc1, self.fc2, self.fc3 = map(nn.Linear, widths, widths[1:])
         self.classes = nn.Parameter(torch.randn(classes, widths[-1]) / math.sqrt(widths[-1]))
 
@@ -82,6 +84,7 @@ class Attention(nn.Module):
     """
 
     targets = r"block\.(q|k|v|proj|fc\d)"
+    inputs = 64
 
     def __init__(self, classes: int = 10, D: int = 64, heads: int = 4):
         super().__init__()

@@ -43,7 +43,7 @@ def require(data: Data, what: str) -> None:
         return
     kind = type(data).__name__
     loops = hasattr(data, "__iter__") and not isinstance(data, Iterator | str | Tensor | Mapping)
-    if not (loops or _maps(data) or isinstance(data, _InTurn)):
+    if not (loops or _maps(data) or isinstance(data, Mixed)):
         raise ValueError(
             f"{what} is a {kind}, allowed: (x, y) of tensors or of dictionaries of tensors, "
             "a Dataset, or a DataLoader"
@@ -68,7 +68,7 @@ def batches(
         for rows in some.to(device_of(whole[0])).split(size):
             yield to(take(whole[0], rows), device), to(take(whole[1], rows), device)
         return
-    if isinstance(data, _InTurn):
+    if isinstance(data, Mixed):
         yield from data.batches(size, order, device)
         return
     if _maps(data):
@@ -99,8 +99,8 @@ def leading(data: Data, n: int) -> Inputs:
         parts.append(x)
         if sum(map(count, parts)) >= n:
             break
-    alike = len({str(_shapes(x)) for x in parts}) == 1
-    return take(_stacked(parts) if alike else parts[0], slice(n))
+    alike = len({str(layout(x)) for x in parts}) == 1
+    return take(stacked(parts) if alike else parts[0], slice(n))
 
 
 def digest(data: Data) -> str:
@@ -121,13 +121,23 @@ def together(parts: Sequence[Data]) -> Data:
     """Several tasks' data as one: in memory if all are and fit together, else their batches in
     turn."""
     whole = [xy for part in parts if (xy := pair(part)) is not None]
-    shapes = [[_shapes(x) for x in xy] for xy in whole]
-    if len(whole) == len(parts) and all(other == shapes[0] for other in shapes):
-        return tuple(_stacked(some) for some in zip(*whole, strict=True))
+    layouts = [[layout(x) for x in xy] for xy in whole]
+    if len(whole) == len(parts) and all(other == layouts[0] for other in layouts):
+        return tuple(stacked(some) for some in zip(*whole, strict=True))
     return _InTurn(parts)
 
 
-class _InTurn:
+class Mixed:
+    """Data made of other data, which makes its own batches of them."""
+
+    def batches(
+        self, size: int, order: torch.Generator | None, device: torch.device | str | None
+    ) -> Iterator[tuple[Inputs, Inputs]]:
+        """As the function `batches`."""
+        raise NotImplementedError
+
+
+class _InTurn(Mixed):
     """Several data, a batch of each in turn until none has more."""
 
     def __init__(self, parts: Sequence[Data]):
@@ -150,13 +160,14 @@ class _InTurn:
                     yield batch
 
 
-def _shapes(x: Inputs) -> list[Any]:
+def layout(x: Inputs) -> list[Any]:
     """Of one example: what must be alike for examples to be stacked."""
     keys = list(x) if isinstance(x, dict) else []
     return [keys, *((tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors(x))]
 
 
-def _stacked(parts: Sequence[Inputs]) -> Inputs:
+def stacked(parts: Sequence[Inputs]) -> Inputs:
+    """Examples of one layout as one x."""
     if isinstance(parts[0], dict):
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return torch.cat(list(parts))

@@ -26,6 +26,7 @@ class Linear(nn.Module):
 
     def __init__(self, D: int, O: int):
         super().__init__()
+        self.inputs = D
         self.fc1 = nn.Linear(D, O, bias=False)
 
     def features(self, x: Tensor) -> Tensor:

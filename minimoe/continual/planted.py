@@ -5,7 +5,8 @@ from a subspace of the task's own. All that a scheme can answer is then one laye
 best of it can be written down. On the test inputs themselves, with e = y - W0 x what is lacking:
 
     one update of rank R for all tasks       min over Δ of rank R of Σ_t Σ‖e - Δ x‖² / Σ‖y‖²
-    (lora, ewc, lora_grown, olora, joint)    = least squares, then its leading R directions
+    (lora, ewc, lora_grown, olora, joint,    = least squares, then its leading R directions
+    replay)
     one of rank r per task, and told which   the same, task by task
     (oracle)
     none (zero_shot)                         Δ = 0
@@ -97,7 +98,7 @@ def reachable(
         return sum(score(layer(x), y) for x, y in test) / J
 
     limits = {
-        "lora": limit(test, r),
+        **dict.fromkeys(("lora", "replay_20", "replay_80"), limit(test, r)),
         "zero_shot": limit(test, 0),
         "ewc": limit(test, r),
         "lora_grown": limit(test, r * J),
@@ -109,6 +110,7 @@ def reachable(
         "lora_moe": at_least(plant_lora_moe(LoRAMoE(base, **settings["lora_moe"]), lacking)),
         "mora": at_least(plant_mora(MoRA(base, **settings["mora"]), lacking)),
     }
+    shown["mora_detached"] = shown["mora"]  # what the gate's gradient is decides no answer
     return {name: Reachable(acc, None, limit=True) for name, acc in limits.items()} | {
         name: Reachable(acc, None, limit=False) for name, acc in shown.items()
     }

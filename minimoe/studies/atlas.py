@@ -69,7 +69,7 @@ def finding(rows: Rows) -> str:
     """Who is first on each stream but for the bounds, and whom the numbers do not tell from it."""
     parts = []
     for name in streams_of(rows):
-        accs = {row: rows[row][f"acc {name}"] for row in rows if ROSTER[row].kind != "bound"}
+        accs = {row: rows[row][f"acc {name}"] for row in rows if ROSTER[row].kind != "privileged"}
         means = {row: statistics.fmean(values) for row, values in accs.items()}
         order = sorted(means, key=means.__getitem__, reverse=True)
         best = order[0]

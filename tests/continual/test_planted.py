@@ -16,7 +16,7 @@ from minimoe.continual.stream import score
 from minimoe.roster import ROSTER, names
 
 STREAM = streams.make("planted", 3, seed=1)
-BY_DEFAULT = names(Linear(1, 1), "scheme", "baseline", "bound")
+BY_DEFAULT = names(Linear(1, 1), "scheme", "baseline", "privileged")
 
 
 def settings(**changes):

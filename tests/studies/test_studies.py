@@ -395,7 +395,7 @@ def test_the_atlas_says_who_is_first_and_who_is_not_told_from_it():
         base | {"acc split-digits": accs.get(cell["row"], [0.1, 0.11, 0.12])[cell["seed"]]}
         for cell in cells
     ]
-    racing = sum(entry.kind != "bound" for entry in ROSTER.values())
+    racing = sum(entry.kind != "privileged" for entry in ROSTER.values())
     said = atlas.finding(Rows(cells, found))
     assert said == (
         f"First of {racing} that are not told the task or shown all at once: on split-digits olora "
