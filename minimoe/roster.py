@@ -16,7 +16,7 @@ from torch import nn
 from . import schemes
 from .adapter import Adapter
 from .continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA, Trigram
-from .continual.closed import LDA, OwnRidge, Ridge
+from .continual.closed import LDA, OwnRidge, OwnSubspace, Ridge
 from .continual.learn import AdapterLearner, Learner
 from .continual.learners import TaskLabelLearner
 from .continual.replay import Replay
@@ -206,6 +206,12 @@ ROSTER: dict[str, Entry] = {
         "baseline",
         "each task's own ridge regression; the one whose mean input is nearest answers",
         learner=OwnRidge,
+        needs=("inputs",),
+    ),
+    "own_subspace": Entry(
+        "baseline",
+        "each task's own linear map; the one with the most energy in its subspace answers",
+        learner=OwnSubspace,
         needs=("inputs",),
     ),
     "lda": Entry(

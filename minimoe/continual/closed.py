@@ -8,6 +8,8 @@ answered as its row of the unit matrix.
 
     Ridge       W = (Σ h hᵀ + λ I)⁻¹ Σ h yᵀ     answer hᵀ W      sums over all examples of all tasks
     OwnRidge    W_t, the same over task t alone; answered by the task whose mean of u is nearest
+    OwnSubspace W_t as least squares on v = U_tᵀ u, U_t (D, m) the leading directions of task t's u;
+                answered by the task with the most energy, ‖U_tᵀ u‖²
     LDA         the nearest of the means of u, by task and class, under one covariance
 
 Ridge is that of RanPAC (McDonnell et al., arXiv 2307.02251) and RAIL (Xu et al., 2406.18868), LDA
@@ -169,6 +171,43 @@ class OwnRidge(ClosedForm):
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.means, self.W = tensors["means"], tensors["W"]
         self.draw(int(tensors["seed"]))
+
+
+class OwnSubspace(ClosedForm):
+    """For each task the m leading directions of its u (about 0), and a linear map from there: the
+    task in whose directions u has the most energy answers. No mean is needed, so it names tasks
+    that have none; and it is no better where all tasks lie in one subspace. Before the first task
+    all answers are 0."""
+
+    def __init__(self, model: Any, stream: Stream, m: int = 16, frozen: bool = False):
+        super().__init__(model, stream, 0, frozen)
+        self.U = torch.zeros(0, self.D, min(m, self.D), dtype=torch.float64)
+        self.W = torch.zeros(0, min(m, self.D), self.O, dtype=torch.float64)
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        us, ys = (torch.cat(parts) for parts in zip(*self.seen(stream.tasks[t]), strict=True))
+        U = torch.linalg.eigh(us.T @ us).eigenvectors[:, -self.U.shape[2] :]  # (D, m)
+        v = us @ U
+        self.U = torch.cat([self.U, U.unsqueeze(0)])
+        self.W = torch.cat([self.W, ridge(v.T @ v, v.T @ ys).unsqueeze(0)])
+
+    def predict(self, x: Inputs, j: int) -> Tensor:
+        u = self.read(x)
+        if not len(self.U):
+            return self.answer(u.new_zeros(len(u), self.O))
+        v = torch.einsum("nd,jdm->njm", u, self.U)
+        each = torch.einsum("njm,jmo->njo", v, self.W)
+        return self.answer(each[range(len(u)), v.square().sum(-1).argmax(1)])
+
+    def count(self) -> dict[str, int]:
+        stored = self.U.numel() + self.W.numel()
+        return {"trainable": 0, "stored": stored, "active": self.U.numel() + self.W[:1].numel()}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"U": self.U, "W": self.W}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.U, self.W = tensors["U"], tensors["W"]
 
 
 class LDA(ClosedForm):

@@ -1,0 +1,202 @@
+"""Memory: what a method scores after the last task, by what it must store to go on learning.
+
+A method is a curve over the size that it may choose, or a point if it may choose none:
+
+    mora, lora_moe, ...     the ranks that a task adds
+    ridge, own_ridge        random features
+    own_subspace            directions of a task's inputs
+    replay                  examples kept of a task
+
+Stored is all that must be kept to learn the next task and to answer: adapters, their frozen rows,
+buffers, sums; and the frozen backbone, where a method needs it. Closed forms on inputs need none.
+On subspaces and clusters W0 is 0, and the backbone costs nothing.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..continual.baselines import Joint, Oracle
+from ..continual.closed import LDA, OwnRidge, OwnSubspace, Ridge
+from ..continual.learn import AdapterLearner, Learner, run_stream
+from ..continual.metrics import acc
+from ..continual.replay import Replay
+from ..roster import ROSTER
+from ..tools.results import Line, Panel
+from .common import beside, cells_of, mean, stream_and_backbone
+from .study import Cell, Claim, Rows, Study, Values
+from .why import EPOCHS, TASKS, Factored
+
+
+@dataclass(frozen=True)
+class Method:
+    """make(model, stream, **{knob: size}) for each of the sizes; frozen: whether it needs the
+    backbone; only: the streams on which it is run, by default all."""
+
+    make: Callable[..., Learner]
+    knob: str | None = None
+    sizes: Sequence[int] = ()
+    frozen: bool = True
+    only: Sequence[str] = tuple(TASKS)
+
+
+def of(name: str, **settings: Any) -> Callable[..., Learner]:
+    """What makes the roster's learner of that name, with these settings instead."""
+    return partial(ROSTER[name].make, **settings)
+
+
+def by_size(model: Any, stream: Any, **settings: Any) -> Learner:
+    """MoRA without delta, its score the size of s and not s."""
+    return AdapterLearner(model, Factored, score="size", top_k=8, **settings)
+
+
+def replay(model: Any, stream: Any, keep: int) -> Learner:
+    return Replay(model, keep=keep, rank=8)
+
+
+RANKS = (2, 4, 8, 16)
+DIGITS = tuple(name for name in TASKS if "digits" in name)
+METHODS: dict[str, Method] = {
+    "lora": Method(of("lora"), "rank", RANKS),
+    "lora_moe": Method(of("lora_moe"), "rank", RANKS),
+    "mora": Method(of("mora", delta=-1.0), "rank", RANKS),
+    "mora by size": Method(by_size, "rank", RANKS),
+    "mora_detached": Method(of("mora_detached", delta=-1.0), "rank", RANKS),
+    "alone": Method(of("alone"), "rank", RANKS),
+    "replay": Method(replay, "keep", (5, 20, 80)),
+    "ridge": Method(Ridge, "M", (50, 150, 300, 1000), frozen=False),
+    "own_ridge": Method(OwnRidge, "M", (0, 50, 200, 400), frozen=False),
+    "own_subspace": Method(OwnSubspace, "m", (2, 4, 8, 16), frozen=False),
+    "lda": Method(LDA, frozen=False, only=DIGITS),
+    "oracle": Method(Oracle, "rank", RANKS),
+    "joint": Method(Joint, "rank", (8,)),
+}
+
+
+def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
+    made = []
+    for stream, tasks in list(TASKS.items())[: 1 if quick else 4]:
+        rows = {
+            label_of(stream, name, size): {
+                "stream": stream,
+                "tasks": 3 if quick else tasks,
+                "method": name,
+                "size": size,
+            }
+            for name, method in METHODS.items()
+            for size in method.sizes or (None,)
+            if stream in method.only
+        }
+        made += cells_of("memory", rows, seeds, epochs=2 if quick else EPOCHS[stream])
+    return made
+
+
+def label_of(stream: str, name: str, size: int | None) -> str:
+    knob = METHODS[name].knob
+    return f"{stream}, {name}" if size is None else f"{stream}, {name}, {knob} {size}"
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """acc; stored, without the backbone; whole, with it where it is needed."""
+    stream, backbone = stream_and_backbone(cell["stream"], cell["tasks"], cell["seed"])
+    method = METHODS[cell["method"]]
+    size = {} if cell["size"] is None else {method.knob: cell["size"]}
+    run = run_stream(
+        lambda model, stream: method.make(model, stream, **size),
+        backbone,
+        stream,
+        cell["seed"],
+        cell["epochs"],
+        name=f"{cell['row']}, seed {cell['seed']}",
+    )
+    frozen = sum(int(p.count_nonzero() > 0) * p.numel() for p in backbone.parameters())
+    return {
+        "acc": acc(run.matrix),
+        "stored": run.stored,
+        "whole": run.stored + frozen * method.frozen,
+    }
+
+
+# What the numbers say
+
+SELF = ("mora", "mora by size", "mora_detached")
+PRIVILEGED = ("oracle", "joint")
+
+
+def points(rows: Rows, stream: str) -> dict[str, dict[str, Any]]:
+    """The rows of a stream, by method and size."""
+    start = f"{stream}, "
+    return {row.removeprefix(start): rows[row] for row in rows if row.startswith(start)}
+
+
+def streams_of(rows: Rows) -> list[str]:
+    return [stream for stream in TASKS if points(rows, stream)]
+
+
+def best_rival(found: Mapping[str, Mapping[str, Values]], ours: str) -> str | None:
+    """Of all methods that are not self-activated and have no privilege, which scores most of those
+    that store no more than `ours`, the backbone counted."""
+    least = {row: statistics.fmean(values["whole"]) for row, values in found.items()}
+    rivals = [
+        row
+        for row in found
+        if row.split(",")[0] not in (*SELF, *PRIVILEGED) and least[row] <= least[ours]
+    ]
+    return max(rivals, key=lambda row: statistics.fmean(found[row]["acc"]), default=None)
+
+
+def panels(rows: Rows) -> list[Panel]:
+    made = []
+    for stream in streams_of(rows):
+        found, lines = points(rows, stream), []
+        for name in METHODS:
+            curve = [found[row] for row in found if row.split(",")[0] == name]
+            if curve:
+                means, half = zip(*(interval(point["acc"]) for point in curve), strict=True)
+                x = [statistics.fmean(point["whole"]) for point in curve]
+                lines.append(Line(name, list(means), list(half), x))
+        made.append(
+            Panel(stream, "numbers stored to go on, backbone included", lines, "ACC", log=True)
+        )
+    return made
+
+
+def finding(rows: Rows) -> str:
+    parts = []
+    for stream in streams_of(rows):
+        found, said = points(rows, stream), []
+        for name in SELF:
+            ours = f"{name}, rank 8"
+            acc, whole = found[ours]["acc"], statistics.fmean(found[ours]["whole"])
+            rival = best_rival(found, ours)
+            if rival is None:
+                said.append(f"{name} {mean(acc)} ({whole:,.0f} numbers) has no rival")
+                continue
+            other = found[rival]["acc"]
+            said.append(
+                f"{name} {mean(acc)} ({whole:,.0f} numbers) is {beside(acc, other)} {rival} "
+                f"{mean(other)} ({statistics.fmean(found[rival]['whole']):,.0f})"
+            )
+        parts.append(f"on {stream} {', '.join(said)}")
+    return (
+        "Self-activated ranks, 8 a task, against the best other method that stores no more and is "
+        f"not told the task: {'; '.join(parts)}."
+    )
+
+
+def claims(rows: Rows) -> list[Claim]:
+    """Of the paper's list, none: it has no such comparison."""
+    return []
+
+
+STUDY = Study(
+    asks="What does a method score, by all the numbers that it must store?",
+    cells=cells,
+    measure=measure,
+    columns={"acc": "ACC", "stored": "stored", "whole": "with the backbone"},
+    panels=panels,
+    finding=finding,
+    claims=claims,
+)

@@ -1,0 +1,253 @@
+"""Why: what carries MoRA's gain over a router. Its gate is taken apart into factors, and each arm
+has one of them changed.
+
+    s = what an expert scores            self     z, what the rank sees; of a block, ‖z_e‖
+                                         size     |z|
+                                         linear   x Wᵀ, a router's logits
+                                         cosine   cos(x, W_e)
+    s = s / ‖s‖ over all experts         norm     MoRA's eq. 5
+    keep the k largest                   top_k
+    w = softmax over the kept of s / tau
+    w = 0 in evaluation where s < delta
+    g = w for the ranks of the expert    grain    rank: each rank is one; block: a task's ranks are
+    no gradient through w                detach
+
+MoRA is self, rank, norm; LoRA-MoE is linear, block, no norm, tau 1. By default 8 ranks speak in
+every arm, so that it differs in who speaks and not in how many do. A router's rows are stored
+besides; the arms "= stored" have fewer ranks, so that they store what MoRA does.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Gate
+from ..claims import Claims
+from ..roster import SCHEMES
+from ..sparse import TINY, widened
+from ..tools.results import Line, Panel
+from .common import carried, cells_of, mean
+from .study import Cell, Claim, Comparison, Rows, Study
+
+
+class Factored(Adapter):
+    """An adapter whose gate is put together from the factors above; E experts."""
+
+    claims = Claims(zero_at_birth=True, granularity="token", top_k=True, simplex=True)
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 8,
+        scale: float = 1.0,
+        top_k: int = 8,
+        score: Literal["self", "size", "linear", "cosine"] = "self",
+        grain: Literal["rank", "block"] = "rank",
+        norm: bool = True,
+        tau: float = 0.1,
+        delta: float = -1e9,
+        detach: bool = False,
+    ):
+        self.top_k, self.score, self.grain = top_k, score, grain
+        self.norm, self.tau, self.delta, self.detach = norm, tau, delta, detach
+        self.claims = dataclasses.replace(type(self).claims, expert=grain)
+        super().__init__(base, rank, scale)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """s (..., E) of x (..., D), before eq. 5."""
+        if self.score == "linear":
+            return self.project(x, "router")
+        if self.score == "cosine":
+            W = F.normalize(self.rows("router"), dim=-1)
+            return F.linear(F.normalize(x, dim=-1), W)
+        z = self.project(x, "A")
+        if self.grain == "block":
+            return z.unflatten(-1, (-1, self.block)).norm(dim=-1)
+        return z.abs() if self.score == "size" else z
+
+    def gate(self, x: Tensor) -> Gate:
+        s = widened(self.scores(x))
+        s = F.normalize(s, dim=-1, eps=TINY) if self.norm else s
+        s, expert = s.topk(self.kept)
+        w = (s / self.tau).softmax(-1)
+        if not self.training:
+            w = w * (s >= self.delta)
+        return self.gate_blocks(x, expert, w.detach() if self.detach else w)
+
+    def fresh(self) -> dict[str, Tensor]:
+        routed = self.score in ("linear", "cosine")
+        return super().fresh() | ({"router": self.fresh_router()} if routed else {})
+
+    def active(self) -> int:
+        D, O = self.in_features, self.out_features
+        routed, spoken = self.score in ("linear", "cosine"), self.kept * self.block
+        return (self.n_experts * D + spoken * (D + O)) if routed else self.ranks * D + spoken * O
+
+
+RANK, SPEAK = 8, 16
+BLOCKS: Mapping[str, Any] = {"grain": "block", "top_k": SPEAK // RANK}
+ROUTED = {"score": "linear", "norm": False, "tau": 1.0}
+USUAL, MOE = "mora", "lora_moe"
+# each arm: what it has other than MoRA, and what that says of MoRA
+ARMS: dict[str, Mapping[str, Any]] = {
+    USUAL: {},
+    "score by size": {"score": "size"},
+    "no norm": {"norm": False, "tau": 1.0},
+    "tau .03": {"tau": 0.03},
+    "tau .3": {"tau": 0.3},
+    "8 speak": {"top_k": 8},
+    "all speak": {"top_k": 1000},
+    "detached gate": {"detach": True},
+    "delta .2": {"delta": 0.2},
+    "scale 8": {"scale": 8.0},
+    "blocks": BLOCKS,
+    "linear router": {"score": "linear"},
+    "linear router, blocks": {"score": "linear", **BLOCKS},
+    "cosine router": {"score": "cosine", "norm": False},
+    "cosine router, = stored": {"score": "cosine", "norm": False, "rank": 5},
+    "cosine router, blocks": {"score": "cosine", "norm": False, **BLOCKS},
+    MOE: {**ROUTED, **BLOCKS},
+    "lora_moe of ranks": ROUTED,
+    "lora_moe of ranks, = stored": {**ROUTED, "rank": 5},
+}
+TASKS = {"subspaces": 8, "clusters": 5, "permuted-digits": 5, "rotated-digits": 5}
+EPOCHS = {"subspaces": 20, "clusters": 20, "permuted-digits": 10, "rotated-digits": 10}
+CLASSES: Mapping[str, type[Adapter]] = SCHEMES | {"factored": Factored}
+
+
+def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
+    made = []
+    for stream, tasks in list(TASKS.items())[: 1 if quick else 4]:
+        start = {"stream": stream, "tasks": 3 if quick else tasks, "scheme": "factored"}
+        rows = {
+            f"{stream}, {arm}": {
+                **start,
+                "grows": True,
+                "settings": {"rank": RANK, "top_k": SPEAK, **changes},
+            }
+            for arm, changes in ARMS.items()
+        }
+        made += cells_of("why", rows, seeds, epochs=2 if quick else EPOCHS[stream])
+    return made
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """What `carried` measures; "factored" is Factored."""
+    return carried(cell, CLASSES)
+
+
+# What the numbers say
+
+MATTERS = 0.02  # of a score whose best is 1: less would not change anybody's choice of a gate
+
+
+def streams_of(rows: Rows) -> list[str]:
+    return [stream for stream in TASKS if f"{stream}, {USUAL}" in rows]
+
+
+def compared(rows: Rows, stream: str, more: str, less: str, measure: str = "acc") -> Comparison:
+    """One arm against another on a stream."""
+    label = f"{stream}: {more} - {less}"
+    pair = (rows[f"{stream}, {arm}"][measure] for arm in (more, less))
+    return Comparison(label, *pair, MATTERS)
+
+
+def panels(rows: Rows) -> list[Panel]:
+    made = []
+    for stream in streams_of(rows):
+        lines = []
+        for arm in ARMS:
+            effect = compared(rows, stream, arm, USUAL)
+            low, high = effect.interval
+            lines.append(Line(arm, [effect.effect], [(high - low) / 2]))
+        made.append(
+            Panel(
+                title=f"{stream}, from mora's {mean(rows[f'{stream}, {USUAL}']['acc'])}",
+                xlabel="ACC, arm - mora, 95 % interval",
+                lines=lines[1:],
+                names=[*ARMS][1:],
+                kinds=[kind_of(changes) for changes in ARMS.values()][1:],
+            )
+        )
+    return made
+
+
+def kind_of(changes: Mapping[str, Any]) -> str:
+    """Who scores in an arm."""
+    score = changes.get("score", "self")
+    return {"size": "self"}.get(score, score)
+
+
+def told_apart(comparison: Comparison) -> bool:
+    """Whether its interval leaves 0 out, and its effect matters."""
+    low, high = comparison.interval
+    return not low <= 0 <= high and abs(comparison.effect) >= MATTERS
+
+
+def finding(rows: Rows) -> str:
+    """For each stream the arms that are told from mora, by at least what matters."""
+    parts = []
+    for stream in streams_of(rows):
+        effects = {arm: compared(rows, stream, arm, USUAL) for arm in ARMS if arm != USUAL}
+        told = [a for a in effects if told_apart(effects[a])]
+        told.sort(key=lambda arm: effects[arm].effect, reverse=True)
+        each = ", ".join(f"{arm} {effects[arm].effect:+.3f}" for arm in told)
+        usual = mean(rows[f"{stream}, {USUAL}"]["acc"])
+        parts.append(f"on {stream}, from mora's {usual}: {each or 'nothing'}")
+    return (
+        f"What moves ACC by {MATTERS:g} or more, its 95 % interval without 0: {'; '.join(parts)}."
+    )
+
+
+def claims(rows: Rows) -> list[Claim]:
+    def on_all(more: str, less: str, measure: str = "acc") -> list[Comparison]:
+        return [compared(rows, stream, more, less, measure) for stream in streams_of(rows)]
+
+    return [
+        Claim(4, "A signed score does better than one by size.", on_all(USUAL, "score by size")),
+        Claim(
+            4,
+            "The gradient through the gate helps (nothing is detached).",
+            on_all(USUAL, "detached gate"),
+        ),
+        Claim(4, "A few ranks do better than all of them.", on_all(USUAL, "all speak")),
+        Claim(4, "Normalising the scores helps (eq. 5).", on_all(USUAL, "no norm")),
+        Claim(
+            7,
+            "A learned router over ranks is worse than one over whole LoRAs.",
+            on_all(MOE, "lora_moe of ranks"),
+        ),
+        Claim(
+            8,
+            "Self-activated ranks do better than routed experts, as many ranks speaking.",
+            [
+                comparison
+                for arm in ("cosine router", "linear router", MOE, "lora_moe of ranks")
+                for comparison in on_all(USUAL, arm)
+            ],
+        ),
+        Claim(
+            8,
+            "Self-activated ranks do better than routed ones that store as much.",
+            on_all(USUAL, "cosine router, = stored") + on_all(USUAL, "lora_moe of ranks, = stored"),
+        ),
+        Claim(
+            10,
+            "The same ranks cut into more experts do better (SMoRA's claim).",
+            on_all("lora_moe of ranks", MOE) + on_all(USUAL, "blocks"),
+        ),
+    ]
+
+
+STUDY = Study(
+    asks="What carries MoRA's gain over a router: who scores, what, how sharply?",
+    cells=cells,
+    measure=measure,
+    columns={"acc": "ACC", "plasticity": "plasticity", "bwt": "BWT", "stored": "stored"},
+    panels=panels,
+    finding=finding,
+    claims=claims,
+)
