@@ -1,4 +1,4 @@
-"""Closed forms: baselines that solve for their weights, and so learn the same in any order of tasks.
+"""Closed forms: baselines that solve for their weights, and learn the same in any order of tasks.
 
     u = LN(x), all numbers of an input in a row; or LN of the frozen backbone's features of x
     h = relu(P [u, 1])                      P (M, D + 1) random, N(0, 1 / D), never trained
@@ -18,7 +18,7 @@ each task, which λ would then depend on); LDA's shrinkage is a share of the mea
 class has a mean in each task.
 
 No step is taken, and no sum is ever forgotten. All is in float64 on the CPU. `stored` counts what
-must be kept to go on learning, of symmetric sums a triangle; P comes from a seed, and is not counted.
+must be kept to go on learning, of symmetric sums a triangle; P comes from a seed: it is not counted.
 
 Axes: N examples, D numbers of u, M of h, O of an answer, J tasks.
 """
@@ -60,8 +60,8 @@ class ClosedForm(Learner):
             raise ValueError(f"inputs are {kind}, allowed: a tensor of real numbers")
         if not self.real and y.ndim != 1:
             raise ValueError(f"y is {tuple(y.shape)} for an example, allowed: one class, or reals")
-        self.shape = y.shape[1:] if self.real else (stream.label_space(),)
-        self.D, self.O = self.read(x).shape[1], self.shape.numel() if self.real else self.shape[0]
+        self.shape = y.shape[1:] if self.real else torch.Size([stream.label_space()])
+        self.D, self.O = self.read(x).shape[1], self.shape.numel()
         self.draw(int(torch.randint(2**31, ())))
 
     def draw(self, seed: int) -> None:

@@ -16,12 +16,12 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, m (E, D) means; one expert per task: R = E·r
 and K = r.
 
-Life: one task trains one new expert; all older ones are frozen. At its end
-`AloneLearner` sets m_e: the mean of all that the layer is given of the task, padding left out, while
-this task's experts speak in the layers before it. Until then m_e is 0.
+Life: one task trains one new expert; all older ones are frozen. At its end `AloneLearner` sets m_e:
+the mean of all that the layer is given of the task, padding left out, while this task's experts
+speak in the layers before it. Until then m_e is 0.
 
 Departures: none, as there is no one paper. PHATGOOSE (Muqeet et al., arXiv 2402.05859) trains
-experts apart as well, and then a gate for each, the choice by cosine; here nothing is trained twice.
+experts apart too, and then a gate for each, to choose by cosine; here nothing is trained twice.
 """
 
 from functools import partial
