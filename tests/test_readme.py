@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache, partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -18,10 +19,10 @@ from minimoe.continual.metrics import METRICS
 from minimoe.continual.probe import PROBLEMS
 from minimoe.laws import LAWS
 from minimoe.roster import EPOCHS, ROSTER, names
-from minimoe.studies import STUDIES, atlas
+from minimoe.studies import STUDIES, atlas, routing
 from minimoe.tools import tables
 from minimoe.tools.files import read_json
-from minimoe.tools.results import CompareResult, StudyResult, to_json
+from minimoe.tools.results import CompareResult, StudyResult, Verdict, to_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,7 +107,8 @@ def test_what_readme_concludes_from_the_numbers():
     ran = stored_atlas()["rows"]
     ten = [name for name in names(None, "atlas") if name in ran]
     firsts = re.findall(
-        r"on (\S+) (\w+) \(\.\d+(?:, not told from ([^;)]*))?", stored_atlas()["finding"]
+        r"on (\S+) (\w+) \(\.\d+(?:, its lead not supported over ([^;)]*))?",
+        stored_atlas()["finding"],
     )
     assert firsts == [
         ("permuted-digits", "mora", ""),
@@ -164,11 +166,19 @@ def test_the_findings_are_of_the_studies_of_today_and_as_readme_says():
         assert len(result["seeds"]) >= 5 and not result["quick"]
     verdicts = [claim["verdict"] for result in results for claim in result["claims"]]
     words = " ".join(README.split())
-    count = {v: verdicts.count(v) for v in ("holds", "does not hold", "mixed")}
-    assert (
-        f"Of {len(verdicts)} verdicts {count['holds']} hold, {count['does not hold']} does not "
-        f"hold, {count['mixed']} are mixed." in words
+    count = ", ".join(f"{verdicts.count(v)} {v}" for v in get_args(Verdict))
+    assert f"{len(verdicts)} claims: {count}." in words
+
+
+def test_what_speaks_against_the_headline_is_beside_it():
+    result = json.loads((ROOT / "tutorials" / "findings" / "routing.json").read_text())
+    loras, own = (
+        f"{result['rows'][f'permuted-digits, {arm}']['acc']['mean']:.3f}".lstrip("0")
+        for arm in (routing.LORAS_ACTIVE, routing.SELF)
     )
+    (claim,) = (claim for claim in result["claims"] if claim["number"] == 8)
+    said = f"reaches {loras} and MoRA {own}: that MoRA does better is {claim['verdict']}."
+    assert said in " ".join(README.split())
 
 
 def test_what_readme_says_of_gates_that_see_a_patch():

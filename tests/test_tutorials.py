@@ -84,7 +84,7 @@ NEEDED = {
     "continual.probe": "Recorder interference intrusion redundancy ambiguity instability",
     "continual.planted": "reachable",
     "laws": "check hold table",
-    "studies.study": "Comparison",
+    "studies.verdicts": "Comparison",
     "tools.exercise": "exercise",
 }
 

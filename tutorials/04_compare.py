@@ -25,7 +25,7 @@ from minimoe.continual.backbones import Backbone
 from minimoe.continual.baselines import Oracle
 from minimoe.continual.learn import pretrain, score, train
 from minimoe.roster import ROSTER, SCHEMES, names
-from minimoe.studies.study import Comparison
+from minimoe.studies.verdicts import Comparison
 from minimoe.tools.exercise import exercise
 from minimoe.tools.plots import COLOURS, MARKERS, curves, heat_map
 from minimoe.tools.results import CompareResult, StudyResult
@@ -416,8 +416,9 @@ assert np.mean(swapped["split-digits"]) > np.mean(swapped["permuted-digits"])
 #
 #     |mean(d)| > t · std(d) / √n            t: the 97.5 % point of Student's t, n - 1 degrees
 #
-# `Comparison` says `holds`, `does not hold` (the other way round) or `mixed` (not told).
-# Neither the gap of the means nor the overlap of the spreads says which it is.
+# `Comparison` says `supported`, `refuted` (the other way round) or `inconclusive` (not told), after
+# the interval mean(d) ± t · std(d) / √n. Neither the gap of the means nor the overlap of the spreads
+# says which it is.
 
 
 # %%
@@ -448,30 +449,32 @@ for axes, (more, less, stream) in zip(grid, cases, strict=True):
     axes.set_title(f"{stream}\n{compared(more, less, stream).verdict}", fontsize=9)
     axes.grid(alpha=0.3)
 grid[0].set(ylabel="ACC", ylim=(0.1, 1))
-figure.suptitle("One line per seed: a difference holds where the lines rise alike", fontsize=11)
+figure.suptitle("One line per seed: supported where the lines rise alike", fontsize=11)
 plt.show()
 
 for stream in ("permuted-digits", "rotated-digits"):
-    assert compared("mora", "lora_moe", stream).verdict == "holds"
-# the spreads overlap, and the difference holds: it is the seeds that differ, not the order
+    assert compared("mora", "lora_moe", stream).verdict == "supported"
+# the spreads overlap, and the difference is told: it is the seeds that differ, not the order
 assert spreads_overlap("mora", "mor1e", "rotated-digits")
-assert compared("mora", "mor1e", "rotated-digits").verdict == "holds"
-# the smaller difference of the two holds, the larger does not
+assert compared("mora", "mor1e", "rotated-digits").verdict == "supported"
+# the smaller difference of the two is told, the larger is not
 small, large = (compared(name, "lora_moe", "split-digits") for name in ("head_only", "mora"))
-assert 0 < small.difference[0] < large.difference[0]
-assert small.verdict == "holds" and large.verdict == "mixed"
+assert 0 < small.effect < large.effect
+assert small.verdict == "supported" and large.verdict == "inconclusive"
 # first by its mean, and not told from the second
 assert best["rotated-digits"] == "mora"
-assert compared("mora", "ewc", "rotated-digits").verdict == "mixed"
+assert compared("mora", "ewc", "rotated-digits").verdict == "inconclusive"
 # a head of 640 trained weights is not told from MoRA where classes come two by two
-assert compared("mora", "head_only", "split-digits").verdict == "mixed"
+assert compared("mora", "head_only", "split-digits").verdict == "inconclusive"
 assert stored["head_only"].trainable == 640
 # one seed tells nothing, however large the difference
-assert Comparison("one seed", [0.99], [0.01]).verdict == "mixed"
+assert Comparison("one seed", [0.99], [0.01]).verdict == "inconclusive"
 
 # %% [markdown]
-# `mixed` is not "equal": five seeds do not tell. And of twenty comparisons where nothing is there,
-# one holds by chance.
+# `inconclusive` is not "equal": five seeds do not tell. To say that nothing is there, say first how
+# much would matter: with `matters=0.02`, an effect whose interval lies below .02 is `refuted`, even
+# one above 0. And of twenty comparisons where nothing is there, one is told by chance: the verdicts
+# of a study are corrected for how many there are (`minimoe/studies/verdicts.py`).
 #
 # ### Traps
 #
@@ -634,7 +637,7 @@ with exercise("2"):
     assert verdict([0.95], [0.10]) == "not told", "a single seed"
     for x, y, stream in cases:
         differ = verdict(values[x][stream], values[y][stream]) != "not told"
-        assert differ == (compared(x, y, stream).verdict != "mixed"), f"{x} and {y} on {stream}"
+        assert differ == (compared(x, y, stream).verdict != "inconclusive"), f"{x} and {y} on {stream}"
 
 # %% [markdown]
 # **3.** A paper reports .70 on split-digits, "against .21 of LoRA". Which learner of the atlas

@@ -68,11 +68,15 @@ def train(
     batch: int = BATCH,
     optimiser: str = "AdamW",
     loss: Callable[..., Tensor] = loss,
+    rows: int | None = None,
 ) -> int:
     """Fit weights to one task with a fresh optimiser (no decay): the loss, plus the adapters'
     auxiliary losses. The seed decides the order of the batches, of which each process takes its
     part (parallel.py). (A DataLoader has its own batches, in its own order.) Returns how many steps
     it took.
+
+    rows: a seed that mixes the rows of each batch. That is the same training in exact arithmetic
+    (unless the model draws noise for each row), and shows what the order of sums does.
 
     Raises FloatingPointError, before the step is taken, if the loss is no finite number; ValueError
     as `require_training` does.
@@ -82,6 +86,7 @@ def train(
     device = weights[0].device if weights else None
     steps = OPTIMISERS[optimiser](weights, lr=lr)
     order = torch.Generator().manual_seed(seed)
+    within = None if rows is None else torch.Generator().manual_seed(rows)
     if isinstance(own := getattr(task.train, "generator", None), torch.Generator):
         own.manual_seed(seed)
     before = _train_mode(model, weights)
@@ -89,6 +94,9 @@ def train(
     for _ in range(epochs):
         for x, y in data.batches(task.train, batch, order, device):
             n = data.count(x)
+            if within is not None:
+                mixed = torch.randperm(n, generator=within)
+                x, y = data.take(x, mixed), data.take(y, mixed)
             if parallel.processes() > 1:
                 mine = slice(parallel.process(), None, parallel.processes())
                 x, y = data.take(x, mine), data.take(y, mine)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ..roster import EPOCHS
 from ..tools.results import Panel
 from .common import (
+    ACC,
     COLUMNS,
     MOE,
     TWO_STREAMS,
@@ -16,7 +17,8 @@ from .common import (
     mean,
     with_settings,
 )
-from .study import Cell, Claim, Comparison, Rows, Study
+from .study import Cell, Rows, Study
+from .verdicts import Claim, Comparison
 
 GRAINS = (1, 2, 4, 8)  # experts a task
 RANK = 8  # ranks a task, so that the finest expert is a single rank
@@ -79,6 +81,7 @@ def claims(rows: Rows) -> list[Claim]:
                     f"{stream}: ACC, 8 experts a task - 1",
                     rows[label_of(stream, 8)]["acc"],
                     rows[label_of(stream, 1)]["acc"],
+                    ACC,
                 )
                 for stream in streams_of(rows)
             ],

@@ -22,13 +22,15 @@ from .common import (
     MOE,
     MORA,
     PERMUTED,
+    SHARE,
     beside,
     carried,
     cells_of,
     line,
     mean,
 )
-from .study import Cell, Claim, Comparison, Rows, Study
+from .study import Cell, Rows, Study
+from .verdicts import Claim, Comparison
 
 ARMS = {"lora": LORA, "lora_grown": GROWN, "lora_moe": MOE, "mora": MORA}
 
@@ -130,7 +132,7 @@ def claims(rows: Rows) -> list[Claim]:
             1,
             "MoRA moves old tasks' outputs less than LoRA and LoRA-MoE do.",
             [
-                Comparison(f"interference, {arm} - mora", moved[arm], moved["mora"])
+                Comparison(f"interference, {arm} - mora", moved[arm], moved["mora"], SHARE)
                 for arm in ("lora", "lora_grown", "lora_moe")
             ],
         ),
@@ -142,6 +144,7 @@ def claims(rows: Rows) -> list[Claim]:
                     "weight of the newest ranks on their task - were all ranks alike",
                     rows["mora"]["own"],
                     rows["mora"]["chance"],
+                    SHARE,
                 )
             ],
         ),

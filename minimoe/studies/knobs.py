@@ -13,8 +13,10 @@ from ..roster import EPOCHS, SCHEMES
 from ..sparse import TINY, widened
 from ..tools.results import Panel
 from .common import (
+    ACC,
     COLUMNS,
     MORA,
+    SHARE,
     TWO_STREAMS,
     across,
     beside,
@@ -24,7 +26,8 @@ from .common import (
     mean,
     with_settings,
 )
-from .study import Cell, Claim, Comparison, Rows, Study
+from .study import Cell, Rows, Study
+from .verdicts import Claim, Comparison
 
 KNOBS: dict[str, list[float]] = {
     "tau": [0.01, 0.03, 0.1, 0.3, 1.0],
@@ -134,14 +137,20 @@ def claims(rows: Rows) -> list[Claim]:
                 f"{stream}: {label}",
                 rows[label_of(rows, stream, knob, more)][measure],
                 rows[label_of(rows, stream, knob, less)][measure],
+                ACC if measure == "acc" else SHARE,
             )
             for stream in streams_of(rows)
         ]
 
     def arms(label: str, more: str, less: str) -> list[Comparison]:
         return [
-            Comparison(f"{s}: {label}", rows[f"{s}, {more}"]["acc"], rows[f"{s}, {less}"]["acc"])
-            for s in streams_of(rows)
+            Comparison(
+                f"{stream}: {label}",
+                rows[f"{stream}, {more}"]["acc"],
+                rows[f"{stream}, {less}"]["acc"],
+                ACC,
+            )
+            for stream in streams_of(rows)
         ]
 
     return [

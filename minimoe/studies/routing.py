@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from ..roster import EPOCHS
 from ..tools.results import Panel
 from .common import (
+    ACC,
     COLUMNS,
     MOE,
     MORA,
     PERMUTED,
+    SHARE,
     beside,
     carried,
     cells_of,
@@ -17,7 +19,8 @@ from .common import (
     mean,
     with_settings,
 )
-from .study import Cell, Claim, Comparison, Rows, Study, Values
+from .study import Cell, Rows, Study
+from .verdicts import Claim, Comparison, Values
 
 SELF = "self-activated ranks"
 RANKS_STORED, RANKS_ACTIVE = "router over ranks, = stored", "router over ranks, = active"
@@ -92,7 +95,8 @@ def claims(rows: Rows) -> list[Claim]:
         return rows[f"{stream}, {arm}"][measure]
 
     def compared(label: str, measure: str, more: str, less: str) -> Comparison:
-        return Comparison(label, values(more, measure), values(less, measure))
+        matters = ACC if measure == "acc" else SHARE
+        return Comparison(label, values(more, measure), values(less, measure), matters)
 
     routers = (RANKS_STORED, RANKS_ACTIVE, LORAS_STORED, LORAS_ACTIVE)
     return [
@@ -112,6 +116,7 @@ def claims(rows: Rows) -> list[Claim]:
                     "weight on the first time's ranks - on the second's",
                     values(SELF, "back", "repeat"),
                     values(SELF, "anew", "repeat"),
+                    SHARE,
                 )
             ],
         ),

@@ -22,19 +22,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import joblib
-import numpy as np
 import torch
-from scipy.special import stdtrit
 
 from ..tools.console import quiet_children
 from ..tools.files import write_json
 from ..tools.fingerprint import fingerprint
 from ..tools.results import (
     EXACT,
-    ClaimResult,
     Panel,
     Sample,
     Spread,
@@ -44,86 +41,44 @@ from ..tools.results import (
     to_json,
     with_nan,
 )
+from .verdicts import Claim, Values
+from .verdicts import results as verdicts
 
 Cell = dict[str, Any]  # {"study", "row": a label, "seed", and what its study's `measure` reads}
-Values = list[float]  # one per seed
-Verdict = Literal["holds", "does not hold", "mixed"]
 
 
 class Rows(Mapping[str, dict[str, list[Any]]]):
     """What the cells measured: rows[label][measure], one value per seed, in the order of the seeds.
 
+    A cell with a "repeat" is the run of the cell without, its sums in another order: rows do not
+    show it, `runs` does.
+
     Args:
-        cells: seeds in order.
+        cells: seeds in order; a repeat after the run that it repeats.
         results: what each of them measured.
     """
 
     def __init__(self, cells: Sequence[Cell], results: Sequence[Mapping[str, Any]]):
-        self._rows: dict[str, dict[str, list[Any]]] = {}
+        self._rows: dict[str, dict[int, dict[str, list[Any]]]] = {}
         for cell, result in zip(cells, results, strict=True):
-            row = self._rows.setdefault(cell["row"], {})
+            runs = self._rows.setdefault(cell["row"], {})
+            row = runs.setdefault(cell.get("repeat", 0), {})
             for measure, value in result.items():
                 row.setdefault(measure, []).append(value)
 
     def __getitem__(self, label: str) -> dict[str, list[Any]]:
-        return self._rows[label]
+        return self._rows[label][0]
+
+    def runs(self, label: str, measure: str) -> list[Values]:
+        """The values of rows[label][measure], and then those of each repeat that measured it."""
+        first, *repeats = (row[measure] for row in self._rows[label].values())
+        return [first, *(values for values in repeats if all(map(math.isfinite, values)))]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Is `more` above `less`, over the same seeds? Values, one per seed, or one number for less."""
-
-    label: str
-    more: Values
-    less: Values | float
-
-    @property
-    def difference(self) -> tuple[float, float]:
-        """Mean and standard error of more - less, seed by seed; of one seed, an error of nan."""
-        less = self.less if isinstance(self.less, list) else [self.less] * len(self.more)
-        each = [a - b for a, b in zip(self.more, less, strict=True)]
-        error = np.std(each, ddof=1) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-        return float(np.mean(each)), float(error)
-
-    @property
-    def verdict(self) -> Verdict:
-        """ "holds" or "does not hold" if a paired t-test at 5 % puts the mean difference above 0 or
-        below it; "mixed" if it does neither, as with a single seed."""
-        mean, error = self.difference
-        if not abs(mean) > stdtrit(len(self.more) - 1, 0.975) * error:
-            return "mixed"
-        return "holds" if mean > 0 else "does not hold"
-
-    def __str__(self) -> str:
-        mean, error = self.difference
-        spread = "" if math.isnan(error) else f" ± {error:.3f}"
-        return f"{self.label}: {mean:+.3f}{spread} ({self.verdict})"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper (its number in the list that findings.md prints), put as comparisons."""
-
-    number: int
-    claim: str
-    comparisons: list[Comparison]
-
-    @property
-    def verdict(self) -> Verdict:
-        """That of all comparisons if they agree, or else "mixed"."""
-        verdicts = {comparison.verdict for comparison in self.comparisons}
-        return verdicts.pop() if len(verdicts) == 1 else "mixed"
-
-    def result(self) -> ClaimResult:
-        """The claim as JSON holds it."""
-        numbers = [str(comparison) for comparison in self.comparisons]
-        return ClaimResult(self.number, self.claim, self.verdict, numbers)
 
 
 @dataclass(frozen=True)
@@ -246,18 +201,18 @@ def report(
         core_minutes=sum(result["seconds"] for result in results) / 60,
         columns=study.columns,
         rows={
-            label: {measure: _sample(row[measure]) for measure in study.columns}
-            for label, row in rows.items()
+            label: {measure: _sample(rows.runs(label, measure)) for measure in study.columns}
+            for label in rows
         },
         panels=study.panels(rows),
         finding=study.finding(rows),
-        claims=[claim.result() for claim in study.claims(rows)],
+        claims=verdicts(study.claims(rows)),
     )
 
 
-def _sample(values: Values) -> Sample:
-    spread = Spread.of(values)
-    return Sample(spread.mean, spread.std, to_json(values))
+def _sample(runs: Sequence[Values]) -> Sample:
+    spread = Spread.of(runs[0])
+    return Sample(spread.mean, spread.std, to_json(runs[0]), to_json(runs[1:]) or None)
 
 
 def command(name: str, seeds: Sequence[int], quick: bool) -> str:

@@ -23,8 +23,9 @@ from ..continual.metrics import acc, forgetting
 from ..continual.stream import Stream
 from ..roster import EPOCHS, ROSTER
 from ..tools.results import Panel
-from .common import beside, cells_of, line, mean, stream_and_backbone
-from .study import Cell, Claim, Comparison, Rows, Study
+from .common import ACC, beside, cells_of, line, mean, stream_and_backbone
+from .study import Cell, Rows, Study
+from .verdicts import Claim, Comparison
 
 RATES, SCALES = (3e-3, 1e-2), (1.0, 4.0)
 HELD_OUT = 0.25
@@ -163,6 +164,7 @@ def claims(rows: Rows) -> list[Claim]:
                     f"{place}: ACC, mora - lora_moe",
                     rows[f"{place}, mora"]["acc"],
                     rows[f"{place}, lora_moe"]["acc"],
+                    ACC,
                 )
                 for place in places_of(rows)
             ],

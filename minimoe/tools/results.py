@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 else:  # in JSON a number or null
     Number = Annotated[float | None, AfterValidator(lambda n: math.nan if n is None else n)]
 Result = TypeVar("Result")
+Verdict = Literal["supported", "refuted", "inconclusive", "conflicting"]
 EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 MEND = "the command that wrote it writes it anew"
 
@@ -45,9 +46,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Sample(Spread):
-    """A spread, and the values themselves, by seed."""
+    """A spread, and the values themselves, by seed. repeats: those of the same runs with their sums
+    in another order."""
 
     values: list[float | None]
+    repeats: list[list[float | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,13 +176,35 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class ComparisonResult:
+    """One comparison of a study's family (studies/verdicts.py, which has the formulas).
+
+    low, high: the interval of 95 %. p, holm: of a difference of 0, and corrected for the family.
+    matters: the smallest effect that matters; p_matters, holm_matters: as p and holm, of a
+    difference of just that.
+    """
+
+    label: str
+    effect: Number
+    low: Number
+    high: Number
+    p: float
+    holm: float
+    matters: float
+    p_matters: float
+    holm_matters: float
+    verdict: Verdict
+    __pydantic_config__ = EXACT
+
+
+@dataclass(frozen=True)
 class ClaimResult:
     """A claim of the paper, by its number, with what came of it."""
 
     number: int
     claim: str
-    verdict: str
-    numbers: list[str]
+    verdict: Verdict
+    comparisons: list[ComparisonResult]
     __pydantic_config__ = EXACT
 
 

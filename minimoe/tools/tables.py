@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,16 @@ input that changed."""
 def short(value: float) -> str:
     """.947, -.014, 1.000"""
     return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """+.947, -.014"""
+    return "+" * (value >= 0) + short(value)
+
+
+def probability(p: float) -> str:
+    """.014; < .001"""
+    return short(p) if p >= 0.001 else "< .001"
 
 
 def cell(spread: Spread) -> str:
@@ -159,11 +170,26 @@ layers, tasks in sequence. Every sentence and number here is written by `minimoe
 JSON files beside it.
 
 A claim is put as comparisons over the same seeds, what should be larger minus what should be
-smaller, mean ± standard error. A comparison holds, or does not hold, if its mean is told from 0 by
-a paired t-test at 5 %, and is mixed if it is not. A claim has the verdict of its comparisons if
-they agree, and is mixed if they do not. These are many tests: where nothing is there, one in twenty
-is told from 0 by chance. Tables give means ± standard deviations over seeds.
+smaller. Of each there is the effect, which is the mean difference, its interval of 95 % by paired
+t, and the smallest effect that matters, which the study's source states. All comparisons of a study
+are one family, so each p is printed as it is, and after Holm's correction over the family.
+
+- **supported**: the effect is at least what matters, and is told from 0 (Holm's p(0) < .05).
+- **refuted**: it is less than what matters, and is told from that (Holm's p(matters) < .05). What
+  was claimed is excluded: the difference is the other way round, or none, or too small to matter.
+- **inconclusive**: neither. These seeds do not tell.
+
+A claim is supported if every comparison of it is; refuted if none is supported and more than half
+are refuted; **conflicting** if some are supported and others refuted; else inconclusive.
+
+Sentences say above, below or level with by the same rule, of that one comparison alone. Tables give
+means ± standard deviations over seeds.
 """
+SEEDS_ALONE = """\
+The spread between machines is in no interval here: nothing was run again, its sums in another
+order."""
+REPEATED = """\
+The intervals of {} hold the spread between machines: runs again, their sums in another order."""
 
 
 def study_table(result: StudyResult, width: int | None = None) -> str:
@@ -174,7 +200,32 @@ def study_table(result: StudyResult, width: int | None = None) -> str:
     seeds = ", ".join(map(str, result.seeds))
     head = f"{result.study}: {result.asks} Seeds {seeds}."
     parts = [filled(head, width), "", *aligned(lines, width), "", filled(result.finding, width)]
-    return "\n".join(parts)
+    if result.claims:
+        parts += ["", *aligned(_comparisons(result), width)]
+    return "\n".join([*parts, "", filled(_machines(result), width)])
+
+
+def _comparisons(result: StudyResult) -> list[list[str]]:
+    """Every claim with its verdict, and below it its comparisons."""
+    head = ["effect", "from", "to", "p(0)", "Holm", "matters", "p(matters)", "Holm", "verdict"]
+    lines = [["", *head]]
+    for claim in result.claims:
+        lines.append([f"{claim.number}. {claim.claim}", *[""] * 8, claim.verdict])
+        for c in claim.comparisons:
+            effect = ["–" if math.isnan(v) else signed(v) for v in (c.effect, c.low, c.high)]
+            tests = [probability(c.p), probability(c.holm), short(c.matters)]
+            tests += [probability(c.p_matters), probability(c.holm_matters)]
+            lines.append([f"  {c.label}", *effect, *tests, c.verdict])
+    return lines
+
+
+def _machines(result: StudyResult) -> str:
+    repeated = [
+        head
+        for measure, head in result.columns.items()
+        if any(row[measure].repeats for row in result.rows.values())
+    ]
+    return REPEATED.format(", ".join(repeated)) if repeated else SEEDS_ALONE
 
 
 def _number(value: Spread) -> str:
@@ -187,11 +238,12 @@ def _number(value: Spread) -> str:
 
 def findings(results: Sequence[StudyResult]) -> str:
     """The page: the paper's claims with their verdicts, then each study. Markdown."""
-    page = [FINDINGS_HEAD, "| claim | verdict | numbers | command |", "|---|---|---|---|"]
+    page = [FINDINGS_HEAD, "| claim | verdict | comparisons | command |", "|---|---|---|---|"]
     claims = [(claim, result) for result in results for claim in result.claims]
     for claim, result in sorted(claims, key=lambda pair: pair[0].number):
-        numbers = "; ".join(claim.numbers)
-        cells = (f"{claim.number}. {claim.claim}", f"**{claim.verdict}**", numbers)
+        verdicts = [comparison.verdict for comparison in claim.comparisons]
+        counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)]
+        cells = (f"{claim.number}. {claim.claim}", f"**{claim.verdict}**", ", ".join(counts))
         page.append(f"| {' | '.join(cells)} | `{result.command}` |")
     for result in results:
         name, quick = result.study, " A quick run: fewer cells." if result.quick else ""

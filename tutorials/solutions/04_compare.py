@@ -9,7 +9,7 @@ keep = "Q"  # ACC .84 against .51: P has little to forget
 
 # %% exercise 2
 def verdict(a: list[float], b: list[float]) -> str:
-    names = {"holds": "a", "does not hold": "b", "mixed": "not told"}
+    names = {"supported": "a", "refuted": "b", "inconclusive": "not told"}
     return names[Comparison("a above b", list(a), list(b)).verdict]
 
 
