@@ -12,12 +12,14 @@ from ..continual.streams import require_seeds
 from ..tools.files import write_atomic, write_json
 from ..tools.results import StudyResult, to_json
 from ..tools.tables import findings
-from . import atlas, grain, growth, knobs, routing, silence, tokens
+from . import atlas, grain, growth, knobs, memory, routing, silence, tokens, why
 from .study import Study, report, run
 
 __all__ = ["STUDIES", "run_study", "stored"]
 
 STUDIES: dict[str, Study] = {
+    "memory": memory.STUDY,
+    "why": why.STUDY,
     "routing": routing.STUDY,
     "knobs": knobs.STUDY,
     "growth": growth.STUDY,

@@ -152,6 +152,12 @@ def beside(more: Values, less: Values) -> str:
     return "level with" if up == down == "refuted" else "not told from"
 
 
+def half_interval(values: Values) -> float:
+    """Half the width of the 95 % interval of their mean; of one seed nan."""
+    low, high = Comparison("", values, [0.0] * len(values)).interval
+    return (high - low) / 2
+
+
 def line(label: str, seeds: Sequence[Values]) -> Line:
     """One line of a panel, of values (seeds, x)."""
     values = np.array(seeds, dtype=float)

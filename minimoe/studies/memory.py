@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..continual.baselines import Joint, Oracle
 from ..continual.closed import LDA, OwnRidge, OwnSubspace, Ridge
 from ..continual.learn import AdapterLearner, Learner, run_stream
 from ..continual.metrics import acc
 from ..continual.replay import Replay
 from ..roster import ROSTER
 from ..tools.results import Line, Panel
-from .common import beside, cells_of, mean, stream_and_backbone
-from .study import Cell, Claim, Rows, Study, Values
+from .common import beside, cells_of, half_interval, mean, stream_and_backbone
+from .study import Cell, Rows, Study
+from .verdicts import Claim, Values
 from .why import EPOCHS, TASKS, Factored
 
 
@@ -70,8 +70,8 @@ METHODS: dict[str, Method] = {
     "own_ridge": Method(OwnRidge, "M", (0, 50, 200, 400), frozen=False),
     "own_subspace": Method(OwnSubspace, "m", (2, 4, 8, 16), frozen=False),
     "lda": Method(LDA, frozen=False, only=DIGITS),
-    "oracle": Method(Oracle, "rank", RANKS),
-    "joint": Method(Joint, "rank", (8,)),
+    "oracle": Method(of("oracle"), "rank", RANKS),
+    "joint": Method(of("joint"), "rank", (8,)),
 }
 
 
@@ -102,7 +102,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     """acc; stored, without the backbone; whole, with it where it is needed."""
     stream, backbone = stream_and_backbone(cell["stream"], cell["tasks"], cell["seed"])
     method = METHODS[cell["method"]]
-    size = {} if cell["size"] is None else {method.knob: cell["size"]}
+    size = {method.knob: cell["size"]} if method.knob else {}
     run = run_stream(
         lambda model, stream: method.make(model, stream, **size),
         backbone,
@@ -154,9 +154,10 @@ def panels(rows: Rows) -> list[Panel]:
         for name in METHODS:
             curve = [found[row] for row in found if row.split(",")[0] == name]
             if curve:
-                means, half = zip(*(interval(point["acc"]) for point in curve), strict=True)
+                means = [statistics.fmean(point["acc"]) for point in curve]
+                half = [half_interval(point["acc"]) for point in curve]
                 x = [statistics.fmean(point["whole"]) for point in curve]
-                lines.append(Line(name, list(means), list(half), x))
+                lines.append(Line(name, means, half, x))
         made.append(
             Panel(stream, "numbers stored to go on, backbone included", lines, "ACC", log=True)
         )

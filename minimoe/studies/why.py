@@ -29,8 +29,9 @@ from ..claims import Claims
 from ..roster import SCHEMES
 from ..sparse import TINY, widened
 from ..tools.results import Line, Panel
-from .common import carried, cells_of, mean
-from .study import Cell, Claim, Comparison, Rows, Study
+from .common import ACC, carried, cells_of, mean
+from .study import Cell, Rows, Study
+from .verdicts import Claim, Comparison
 
 
 class Factored(Adapter):
@@ -141,9 +142,6 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 # What the numbers say
 
-MATTERS = 0.02  # of a score whose best is 1: less would not change anybody's choice of a gate
-
-
 def streams_of(rows: Rows) -> list[str]:
     return [stream for stream in TASKS if f"{stream}, {USUAL}" in rows]
 
@@ -151,8 +149,8 @@ def streams_of(rows: Rows) -> list[str]:
 def compared(rows: Rows, stream: str, more: str, less: str, measure: str = "acc") -> Comparison:
     """One arm against another on a stream."""
     label = f"{stream}: {more} - {less}"
-    pair = (rows[f"{stream}, {arm}"][measure] for arm in (more, less))
-    return Comparison(label, *pair, MATTERS)
+    ours, theirs = (rows[f"{stream}, {arm}"][measure] for arm in (more, less))
+    return Comparison(label, ours, theirs, ACC)
 
 
 def panels(rows: Rows) -> list[Panel]:
@@ -184,7 +182,7 @@ def kind_of(changes: Mapping[str, Any]) -> str:
 def told_apart(comparison: Comparison) -> bool:
     """Whether its interval leaves 0 out, and its effect matters."""
     low, high = comparison.interval
-    return not low <= 0 <= high and abs(comparison.effect) >= MATTERS
+    return not low <= 0 <= high and abs(comparison.effect) >= ACC
 
 
 def finding(rows: Rows) -> str:
@@ -198,7 +196,7 @@ def finding(rows: Rows) -> str:
         usual = mean(rows[f"{stream}, {USUAL}"]["acc"])
         parts.append(f"on {stream}, from mora's {usual}: {each or 'nothing'}")
     return (
-        f"What moves ACC by {MATTERS:g} or more, its 95 % interval without 0: {'; '.join(parts)}."
+        f"What moves ACC by {ACC:g} or more, its 95 % interval without 0: {'; '.join(parts)}."
     )
 
 

@@ -172,18 +172,19 @@ def plot_study(result: StudyResult, path: Path) -> None:
     figure = Figure(figsize=(1 + 4.6 * across, 1.2 + 3.9 * down), layout="constrained")
     grid = np.atleast_1d(figure.subplots(down, across)).flatten()
     for axes, panel in zip(grid, panels, strict=False):
-        x = np.array(panel.x, dtype=float)
+        x = np.array(panel.x or [], dtype=float)  # none: each line has its own
         for i, line in enumerate(panel.lines):
             mean, std = np.array(line.mean, dtype=float), np.array(line.std, dtype=float)
             style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            axes.plot(x, mean, label=line.label, markersize=4, lw=1.6, **style)
-            axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
+            at = x if line.x is None else np.array(line.x)
+            axes.plot(at, mean, label=line.label, markersize=4, lw=1.6, **style)
+            axes.fill_between(at, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
         if panel.log:
             axes.set_xscale("log")
-        if panel.log or len(x) <= 7:
+        if panel.x is not None and (panel.log or len(x) <= 7):
             axes.set_xticks(x, [f"{value:g}" for value in x])
             axes.set_xticks([], minor=True)
-        else:
+        elif panel.x is not None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axes.set_ylim(bottom=0)
@@ -220,7 +221,11 @@ def _plot_points(result: StudyResult, path: Path) -> None:
             mean, std = ([panel.lines[y].mean[0] for y in at], [panel.lines[y].std[0] for y in at])
             style: Any = {"fmt": MARKERS[i], "color": COLOURS[i], "ms": 6, "capsize": 3}
             axes.errorbar(mean, at, xerr=std, label=kind, **style)
-        axes.set(title=panel.title, xlabel=panel.xlabel, xlim=(0, 1))
+        axes.set(title=panel.title, xlabel=panel.xlabel)
+        if min(line.mean[0] or 0 for line in panel.lines) < 0:  # differences
+            axes.axvline(0, color="black", lw=0.8)
+        else:
+            axes.set_xlim(0, 1)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(alpha=0.3)

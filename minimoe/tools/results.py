@@ -149,11 +149,13 @@ def _require_shape(what: str, array: Any, shape: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel: means over seeds, and standard deviations, at each of the panel's x."""
+    """One line of a panel: means over seeds, and standard deviations (or what the panel says), at
+    each of the panel's x, or of its own."""
 
     label: str
     mean: list[Number]
     std: list[Number]
+    x: list[float] | None = None
     __pydantic_config__ = EXACT
 
 
