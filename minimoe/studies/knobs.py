@@ -148,8 +148,8 @@ def claims(rows: Rows) -> list[Claim]:
         Claim(
             4,
             "A lower tau makes routing more decided.",
-            turned("entropy, tau .1 - .01", "ambiguity", "tau", 0.1, 0.01)
-            + turned("entropy, tau 1 - .1", "ambiguity", "tau", 1.0, 0.1),
+            turned("ambiguity, tau .1 - .01", "ambiguity", "tau", 0.1, 0.01)
+            + turned("ambiguity, tau 1 - .1", "ambiguity", "tau", 1.0, 0.1),
         ),
         Claim(
             4,
@@ -173,7 +173,7 @@ STUDY = Study(
     asks="What do tau, top_k, delta, rank, the score's sign and the gate's gradient do?",
     cells=cells,
     measure=measure,
-    columns=COLUMNS | {"active": "active"},
+    columns=COLUMNS | {"read": "read", "speaking": "speaking"},
     panels=panels,
     finding=finding,
     claims=claims,

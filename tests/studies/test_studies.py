@@ -269,8 +269,8 @@ def test_what_growth_and_silence_say():
     grown = growth.measure(TINY | MORA)
     assert grown["sizes"] == [1, 3] == growth.sizes(3)
     assert growth.sizes(30) == [1, 5, 10, 15, 20, 25, 30]
-    assert grown["actives"] == [4 * 640, 12 * 320 + 4 * 320]  # K (D + O) of 4; R D + K O of 12
-    assert grown["active"] == grown["actives"][-1]
+    assert grown["reads"] == [4 * 640, 12 * 320 + 4 * 320]  # K (D + O) of 4; R D + K O of 12
+    assert grown["read"] == grown["reads"][-1]
     assert grown["step"] == grown["steps"][-1] > 0 and grown["peak"] == grown["peaks"][-1] > 0
     delta = {"settings": MORA["settings"] | {"delta": 1.1}}  # nothing speaks
     silent = silence.measure(TINY | MORA | delta | {"stream": "permuted-digits"})
@@ -291,8 +291,8 @@ def test_the_arms_of_routing_are_as_equal_as_they_say(T):
     own = counts[routing.SELF]
     assert counts[routing.RANKS_STORED]["stored"] == own["stored"]
     assert counts[routing.LORAS_STORED]["stored"] == pytest.approx(own["stored"], rel=0.06)
-    assert counts[routing.RANKS_ACTIVE]["active"] == pytest.approx(own["active"], rel=0.03)
-    assert counts[routing.LORAS_ACTIVE]["active"] == pytest.approx(own["active"], rel=0.12)
+    assert counts[routing.RANKS_READ]["read"] == pytest.approx(own["read"], rel=0.03)
+    assert counts[routing.LORAS_READ]["read"] == pytest.approx(own["read"], rel=0.12)
 
 
 def test_the_absolute_score_by_hand():
@@ -334,7 +334,7 @@ def test_the_words_of_a_finding_follow_the_numbers(name):
         for cell in cells:
             value = 0.5 + slope * order.index(cell["row"]) + 0.0001 * cell["seed"]
             one = dict.fromkeys((*STUDIES[name].columns, "chance", "back", "anew"), value)
-            curves = ("seen", "drift", "actives", "steps", "peaks")
+            curves = ("seen", "drift", "reads", "steps", "peaks")
             lines = {curve: [value, value] for curve in curves}
             found.append({"seconds": 60.0, **one, **lines, "sizes": [1.0, 2.0]})
         return report(name, STUDIES[name], [0, 1, 2], False, cells, found)
