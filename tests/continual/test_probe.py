@@ -224,7 +224,8 @@ def measured(change=lambda layer: None, top_k=3, weights=(0.6, 0.3, 0.1), tasks=
     with torch.no_grad():
         for n, parameter in enumerate((layer.base.weight, layer.base.bias)):
             parameter.copy_(torch.randn(parameter.shape, generator=seeded) + n)
-    recorder = Recorder([torch.randn(6, 7, generator=seeded).double() for _ in range(tasks)])
+    probes = torch.randn(3, 6, 7, generator=seeded).double()
+    recorder = Recorder(probes[:tasks])
     recorder.record(layer)
     for t in range(tasks):
         if t:
