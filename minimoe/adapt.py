@@ -241,13 +241,15 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def count(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters, of the adapters and of what trains beside them: "trainable" now;
-    "stored", trainable and frozen; "active", those that one token's output depends on by value
-    (Adapter.active)."""
-    heads = beside(model).values()
+    "stored", trainable and frozen; "read", those that one token's output depends on by value, also
+    to choose who speaks (Adapter.active); "speaking", those of keys and values whose rank has a
+    weight for one token, at most (Adapter.speaking)."""
+    heads, layers = sum(t.numel() for t in beside(model).values()), list(adapters(model))
     return {
         "trainable": sum(p.numel() for p in parameters(model)),
         "stored": sum(tensor.numel() for tensor in learned(model).values()),
-        "active": sum(t.numel() for t in heads) + sum(a.active() for _, a in adapters(model)),
+        "read": heads + sum(layer.active() for _, layer in layers),
+        "speaking": heads + sum(layer.speaking() for _, layer in layers),
     }
 
 

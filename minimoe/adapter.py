@@ -119,6 +119,12 @@ class Adapter(Wrapped):
         """How many of the adapter's parameters one token's output depends on by value."""
         raise NotImplementedError
 
+    def speaking(self) -> int:
+        """How many of its keys' and values' numbers belong to ranks with a weight for one token, at
+        most: K (D + O), of the K ranks that may be kept."""
+        ranks = self.kept * self.block if self.claims.top_k else self.ranks
+        return ranks * (self.in_features + self.out_features)
+
     # Rows: what is learned, task by task
 
     def fresh(self) -> dict[str, Tensor]:

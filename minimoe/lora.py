@@ -27,7 +27,9 @@ from .adapter import Adapter, Claims, Gate
 class LoRA(Adapter):
     """Dense LoRA. Parameters: R (D + O), all of them active. Args and errors: Adapter's."""
 
-    claims = Claims(zero_at_birth=True, granularity="token", as_lora={}, mergeable=True)
+    claims = Claims(
+        zero_at_birth=True, granularity="token", expert="block", as_lora={}, mergeable=True
+    )
 
     def gate(self, x: Tensor) -> Gate:
         return Gate(None, 1.0, self.project(x, "A"))

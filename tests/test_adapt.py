@@ -64,17 +64,20 @@ def test_counts_are_the_docstrings_formulas():
     assert count(model(LoRA, tasks=3)) == {
         "trainable": 2 * (keys + values),
         "stored": 6 * (keys + values),
-        "active": 6 * (keys + values),
+        "read": 6 * (keys + values),
+        "speaking": 6 * (keys + values),
     }
     assert count(model(MoRA, tasks=3, top_k=5)) == {
         "trainable": 2 * (keys + values),
         "stored": 6 * (keys + values),
-        "active": 6 * keys + 5 * values,
+        "read": 6 * keys + 5 * values,
+        "speaking": 5 * (keys + values),
     }
     assert count(model(LoRAMoE, tasks=3, top_k=2)) == {
         "trainable": 2 * (keys + values) + keys,
         "stored": 6 * (keys + values) + 3 * keys,
-        "active": 2 * 2 * (keys + values) + 3 * keys,
+        "read": 2 * 2 * (keys + values) + 3 * keys,
+        "speaking": 2 * 2 * (keys + values),
     }
 
 

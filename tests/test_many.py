@@ -196,7 +196,9 @@ def test_ids_that_cannot_be_are_named(ids, error, message, tmp_path):
 def test_it_is_for_use_only(tmp_path):
     net = plain()
     load_many(net, made(tmp_path, ADAPTERS)[0])
-    assert parameters(net) == [] and count(net) == {"trainable": 0, "stored": 0, "active": 0}
+    assert parameters(net) == [] and count(net) == dict.fromkeys(
+        ("trainable", "stored", "read", "speaking"), 0
+    )
     assert "anna, ben, carl, dora" in repr(net)
     with pytest.raises(RuntimeError, match=r"fc1 cannot grow: fc1 .* is for use only"):
         grow(net)

@@ -190,7 +190,7 @@ class TestHead:
         assert names == {"body.A", "body.B", "head.weight", "head.bias"}
         assert len(parameters(model)) == 4
         assert count(model)["trainable"] == 2 * 12 + 21
-        assert count(model)["stored"] == count(model)["active"] == 2 * 12 + 21
+        assert count(model)["stored"] == count(model)["read"] == 2 * 12 + 21
 
     def test_a_second_call_keeps_it(self):
         model = self.model()

@@ -388,7 +388,7 @@ grow(bigger)  # every adapter of a model
 print(count(one_after_1))
 print(count(bigger))
 assert count(bigger)["trainable"] == count(one_after_1)["trainable"]
-assert count(bigger)["stored"] == count(bigger)["active"] == 2 * count(one_after_1)["stored"]
+assert count(bigger)["stored"] == count(bigger)["read"] == 2 * count(one_after_1)["stored"]
 
 # %% [markdown]
 # The same two tasks, with eight ranks each. The first task's rows stay as they are, bit for bit.

@@ -577,7 +577,7 @@ with exercise("3"):
             trial = adapt(nn.Sequential(nn.Linear(D, O)), LoRAMoE, "0", rank=r, top_k=top_k)
             for _ in range(E - 1):
                 grow(trial)
-            fits.append(count(trial)["active"] <= share * count(trial)["stored"])
+            fits.append(count(trial)["read"] <= share * count(trial)["stored"])
         case = f"for {share:.0%} of {E} experts of {r} ranks, {D} to {O}"
         assert fits[0], f"top_k {kept} reads too much {case}"
         assert not fits[1], f"top_k {kept} is not the largest {case}"

@@ -289,10 +289,10 @@ for name, (scheme, settings) in contenders.items():
 
     runs[name] = run_stream(make, backbone, stream, SEED, EPOCHS, device, name=name)
 
-print(f"{'':9}{'ACC':>7}{'BWT':>7}{'active':>8}", *(f"{p:>13}" for p in PROBLEMS))
+print(f"{'':9}{'ACC':>7}{'BWT':>7}{'read':>8}", *(f"{p:>13}" for p in PROBLEMS))
 for name, run in runs.items():
     problems = [f"{measure(run.records):13.3f}" for measure in PROBLEMS.values()]
-    scores = f"{acc(run.matrix):7.3f}{bwt(run.matrix):7.3f}{run.active:8,}"
+    scores = f"{acc(run.matrix):7.3f}{bwt(run.matrix):7.3f}{run.read:8,}"
     print(f"{name:9}{scores}", *problems)
 
 # %%
@@ -328,7 +328,7 @@ assert accuracy["energy"] > accuracy["lora"] + 0.15
 assert abs(accuracy["energy"] - accuracy["mora"]) < 0.1
 assert measured["energy"]["ambiguity"] > measured["mora"]["ambiguity"] + 0.1
 assert measured["energy"]["intrusion"] > measured["mora"]["intrusion"] + 0.03
-assert runs["energy"].active == runs["mora"].active
+assert runs["energy"].read == runs["mora"].read
 
 # %% [markdown]
 # ## What a gate needs beyond x

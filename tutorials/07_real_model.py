@@ -207,9 +207,9 @@ learned = {name: np.diag(matrix[1:]).mean() for name, matrix in matrices.items()
 end = {name: acc(matrix) for name, matrix in matrices.items()}
 forgot = {name: forgetting(matrix) for name, matrix in matrices.items()}
 at_once = acc(joint.matrix)
-print(f"{'':14} learned    end  forgetting  Transfer  trained   stored   active")
+print(f"{'':14} learned    end  forgetting  Transfer  trained   stored     read speaking")
 for name, matrix in matrices.items():
-    sizes = (runs[name].trainable, runs[name].stored, runs[name].active)
+    sizes = (runs[name].trainable, runs[name].stored, runs[name].read, runs[name].speaking)
     print(
         f"{name:14} {learned[name]:7.2f} {end[name]:6.2f} {forgot[name]:11.2f} "
         f"{summary(matrix)['transfer']:9.2f} " + " ".join(f"{size:8,}" for size in sizes)

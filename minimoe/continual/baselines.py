@@ -59,7 +59,8 @@ class ClassMean(Learner):
         return logits.masked_fill(seen.to(features.device) == 0, -torch.inf)
 
     def count(self) -> dict[str, int]:
-        return {"trainable": 0, "stored": self.total[0].numel(), "active": self.total[0].numel()}
+        means = self.total[0].numel()
+        return {"trainable": 0, "stored": means, "read": means, "speaking": means}
 
     def state(self) -> dict[str, Tensor]:
         return {"total": self.total.clone(), "seen": self.seen.clone()}
@@ -119,7 +120,8 @@ class Trigram(Learner):
         return {
             "trainable": 0,
             "stored": int((self.counts > 0).sum()),
-            "active": 3 * len(self.counts[0]),
+            "read": 3 * len(self.counts[0]),
+            "speaking": 3 * len(self.counts[0]),
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -137,7 +139,8 @@ class HeadOnly(Learner):
         fit(self.model, [self.model.classes], stream.tasks[t])
 
     def count(self) -> dict[str, int]:
-        return dict.fromkeys(("trainable", "stored", "active"), self.model.classes.numel())
+        counted = ("trainable", "stored", "read", "speaking")
+        return dict.fromkeys(counted, self.model.classes.numel())
 
     def state(self) -> dict[str, Tensor]:
         return {"classes": self.model.classes.detach().clone()}
@@ -181,7 +184,7 @@ class ToldLoRA(Adapter):
     A task not learned yet has no ranks; the layer is then W0 alone.
     """
 
-    claims = Claims(zero_at_birth=True, granularity="token")
+    claims = Claims(zero_at_birth=True, granularity="token", expert="block")
 
     def gate(self, x: Tensor) -> Gate:
         label = self.given("label", x).expand(x.shape[:-1])
@@ -193,6 +196,9 @@ class ToldLoRA(Adapter):
 
     def active(self) -> int:
         return self.rank * (self.base.in_features + self.base.out_features)
+
+    def speaking(self) -> int:
+        return self.active()
 
     def needs(self) -> dict[str, range | int]:
         return {"label": range(self.ranks // self.rank + 1)}

@@ -126,8 +126,13 @@ class Ridge(ClosedForm):
 
     def count(self) -> dict[str, int]:
         triangle = self.width * (self.width + 1) // 2
-        active = self.P.numel() + self.C.numel()
-        return {"trainable": 0, "stored": triangle + self.C.numel(), "active": active}
+        W = self.C.numel()
+        return {
+            "trainable": 0,
+            "stored": triangle + W,
+            "read": self.P.numel() + W,
+            "speaking": W,
+        }
 
     def state(self) -> dict[str, Tensor]:
         return {"G": self.G.clone(), "C": self.C.clone(), "seed": torch.tensor(self.seed)}
@@ -161,9 +166,13 @@ class OwnRidge(ClosedForm):
         return self.answer(each[range(len(u)), torch.cdist(u, self.means).argmin(1)])
 
     def count(self) -> dict[str, int]:
-        stored = self.means.numel() + self.W.numel()
-        active = self.P.numel() + self.means.numel() + self.width * self.O
-        return {"trainable": 0, "stored": stored, "active": active}
+        means, W = self.means.numel(), self.width * self.O  # of one task
+        return {
+            "trainable": 0,
+            "stored": means + self.W.numel(),
+            "read": self.P.numel() + means + W,
+            "speaking": W,
+        }
 
     def state(self) -> dict[str, Tensor]:
         return {"means": self.means, "W": self.W, "seed": torch.tensor(self.seed)}
@@ -200,8 +209,13 @@ class OwnSubspace(ClosedForm):
         return self.answer(each[range(len(u)), v.square().sum(-1).argmax(1)])
 
     def count(self) -> dict[str, int]:
-        stored = self.U.numel() + self.W.numel()
-        return {"trainable": 0, "stored": stored, "active": self.U.numel() + self.W[:1].numel()}
+        U, W = self.U.numel(), self.W[:1].numel()
+        return {
+            "trainable": 0,
+            "stored": U + self.W.numel(),
+            "read": U + W,
+            "speaking": self.U[:1].numel() + W,
+        }
 
     def state(self) -> dict[str, Tensor]:
         return {"U": self.U, "W": self.W}
@@ -248,8 +262,13 @@ class LDA(ClosedForm):
 
     def count(self) -> dict[str, int]:
         triangle = self.D * (self.D + 1) // 2
-        active = self.means.numel() + len(self.means)  # W, and what is taken off
-        return {"trainable": 0, "stored": triangle + self.means.numel(), "active": active}
+        read = self.means.numel() + len(self.means)  # W, and what is taken off
+        return {
+            "trainable": 0,
+            "stored": triangle + self.means.numel(),
+            "read": read,
+            "speaking": read,
+        }
 
     def state(self) -> dict[str, Tensor]:
         return {"S": self.S.clone(), "means": self.means, "of": self.of}

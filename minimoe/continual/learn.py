@@ -205,7 +205,9 @@ class Learner:
         ]
 
     def count(self) -> dict[str, int]:
-        return {"trainable": 0, "stored": 0, "active": 0}
+        """Numbers of parameters: "trainable" in a task, "stored", "read" for one token's output,
+        and "speaking" in it (adapt.count)."""
+        return {"trainable": 0, "stored": 0, "read": 0, "speaking": 0}
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what it has learned, for a checkpoint."""
@@ -265,7 +267,7 @@ class Run:
     matrix: (J + 1, J), the accuracy matrix (metrics.py), the row before any task first.
     records: what a Recorder recorded, arrays by name (probe.py).
     seconds: spent learning; step: of a step of training.
-    trainable, stored, active: numbers of parameters at the end.
+    trainable, stored, read, speaking: numbers of parameters at the end.
     """
 
     matrix: list[list[float]]
@@ -274,7 +276,8 @@ class Run:
     step: float
     trainable: int
     stored: int
-    active: int
+    read: int
+    speaking: int
 
 
 def run_stream(

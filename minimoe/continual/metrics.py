@@ -34,11 +34,37 @@ def fwt(a: Any) -> float:
     return mean_or_nan([a[j, j] - a[0, j] for j in range(1, a.shape[1])])
 
 
+def plasticity(a: Any) -> float:
+    """Mean over all tasks j of a[j + 1, j]: accuracy on a task just after it was learned. Where it
+    is low, there is little to forget."""
+    a = _matrix(a)
+    return mean_or_nan([a[j + 1, j] for j in range(a.shape[1])])
+
+
+# Forgetting has three definitions in use. Where no task is ever better than just after it was
+# learned, all three are the same number.
+
+
 def forgetting(a: Any) -> float:
     """Mean over j < J - 1 of max over 1 <= i < J of a[i, j], minus a[J, j] (Chaudhry et al.,
-    1801.10112). The last row is not in the max, so this can be negative."""
+    1801.10112, eq. 3: the one that this package prints). From -1 to 1: the last row is not in the
+    max, so a task that ends at its best counts below 0; rows before a task is learned are in it."""
     a = _matrix(a)
     return mean_or_nan([a[1:-1, j].max() - a[-1, j] for j in range(a.shape[1] - 1)])
+
+
+def mammoth_forgetting(a: Any) -> float:
+    """Mean over j < J - 1 of max over 1 <= i <= J of b[i, j], minus a[J, j], with b[i, j] = a[i, j]
+    if i > j, else 0: as the library mammoth has it, where a task not yet learned counts 0 and the
+    last row is in the max. From 0 to 1."""
+    a = _matrix(a)
+    return mean_or_nan((np.tril(a[1:]).max(0) - a[-1])[:-1])
+
+
+def avalanche_forgetting(a: Any) -> float:
+    """Mean over j < J - 1 of a[j + 1, j] - a[J, j], minus `bwt`: as the library Avalanche has it,
+    from what a task was just after it was learned. From -1 to 1."""
+    return -bwt(a)
 
 
 def transfer(a: Any) -> float:
@@ -59,7 +85,11 @@ def last(a: Any) -> float:
 
 
 METRICS: dict[str, Callable[[Any], float]] = {
-    f.__name__: f for f in (acc, bwt, forgetting, fwt, transfer, average, last)
+    f.__name__: f
+    for f in (
+        *(acc, bwt, forgetting, fwt, transfer, average, last),
+        *(plasticity, mammoth_forgetting, avalanche_forgetting),
+    )
 }
 
 

@@ -182,7 +182,8 @@ def _require_alike(one: Folder, other: Folder, scheme: type[Adapter]) -> None:
     """Raise ValueError, naming the layer, unless two folders can be in one mixture."""
     for name in sorted(one.layers.keys() | other.layers.keys()):
         a, b = (len(f.layers[name][0]) if name in f.layers else 0 for f in (one, other))
-        if not (a and b) or (a != b and scheme.claims.expert == "block"):
+        unequal = a != b and scheme.claims.expert == "block" and not scheme.claims.mergeable
+        if not (a and b) or unequal:
             allowed = "one rank" if a and b else "the same layers"
             raise ValueError(
                 f"{name} has {a} ranks in {one.path} and {b} in {other.path}, allowed: {allowed}"

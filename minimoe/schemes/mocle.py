@@ -95,6 +95,9 @@ class MoCLE(Adapter):
         D, O = self.in_features, self.out_features
         return 2 * self.block * (D + O) + (self.n_experts + 1) * self.embedding
 
+    def speaking(self) -> int:
+        return 2 * self.block * (self.in_features + self.out_features)
+
     def fresh(self) -> dict[str, Tensor]:
         rows = super().fresh()
         C = nn.init.normal_(rows["A"].new_empty(self.clusters, self.embedding))
@@ -133,7 +136,7 @@ class MoCLELearner(EmbeddingLearner):
     def count(self) -> dict[str, int]:
         """With the centres, all of which an input is held against."""
         counts = super().count()
-        return counts | {k: counts[k] + self.known.numel() for k in ("stored", "active")}
+        return counts | {k: counts[k] + self.known.numel() for k in ("stored", "read")}
 
     def state(self) -> dict[str, Tensor]:
         return {"known": self.known.clone(), **super().state()}

@@ -84,6 +84,9 @@ class MoSLD(Adapter):
         D, O = self.in_features, self.out_features
         return self.block * D + self.n_experts * D + self.kept * self.block * O
 
+    def speaking(self) -> int:
+        return self.block * self.in_features + self.kept * self.block * self.out_features
+
     def fresh(self) -> dict[str, Tensor]:
         return {"B": super().fresh()["B"], "router": self.fresh_router()}
 

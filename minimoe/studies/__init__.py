@@ -1,8 +1,9 @@
 """What MoRA's paper claims, put to the test: one file per study, run side by side (study.py).
 
-routing: who should choose the ranks. knobs: what each setting does. growth: what happens as tasks
-come. silence: what happens on inputs of no task. grain: how fine experts should be cut. tokens:
-what remains where a gate sees one token. atlas: every scheme on four streams.
+memory: what is scored by all that is stored. why: what carries MoRA's gain. routing: who should
+choose the ranks. growth: what happens as tasks come. silence: what happens on inputs of no task.
+grain: how fine experts should be cut. tokens: what remains where a gate sees one token. atlas:
+every scheme on four streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from ..continual.streams import require_seeds
 from ..tools.files import write_atomic, write_json
 from ..tools.results import StudyResult, to_json
 from ..tools.tables import findings
-from . import atlas, grain, growth, knobs, memory, routing, silence, tokens, why
+from . import atlas, grain, growth, memory, routing, silence, tokens, why
 from .study import Study, report, run
 
 __all__ = ["STUDIES", "run_study", "stored"]
@@ -21,7 +22,6 @@ STUDIES: dict[str, Study] = {
     "memory": memory.STUDY,
     "why": why.STUDY,
     "routing": routing.STUDY,
-    "knobs": knobs.STUDY,
     "growth": growth.STUDY,
     "silence": silence.STUDY,
     "grain": grain.STUDY,

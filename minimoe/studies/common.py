@@ -16,10 +16,11 @@ from ..adapter import Adapter
 from ..continual import streams
 from ..continual.backbones import Backbone, find
 from ..continual.learn import AdapterLearner, pretrain, run_stream
-from ..continual.metrics import acc, bwt
+from ..continual.metrics import acc, bwt, plasticity
 from ..continual.probe import PROBLEMS
 from ..roster import ROSTER, SCHEMES
 from ..tools.results import Line
+from ..tools.tables import PROBLEMS as HEADS
 from ..tools.tables import short
 from .study import Cell, Rows
 from .verdicts import Comparison, Values
@@ -30,7 +31,7 @@ TWO_STREAMS = (PERMUTED, "rotated-digits")
 # none can be chosen to suit: most figures of tutorials/findings were known when these two were set.
 ACC = 0.02  # 9 of a task's 450 test images: about what another split of the images moves
 SHARE = 0.05  # a twentieth: of the gate's weight, of the ranks chosen, of an output's length
-COLUMNS = {"acc": "ACC", "bwt": "BWT", **{name: name for name in PROBLEMS}}
+COLUMNS = {"acc": "ACC", "bwt": "BWT", "plasticity": "plasticity", **HEADS}
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -84,14 +85,15 @@ def sums(repeat: int) -> dict[str, int]:
 def carried(cell: Cell, classes: Mapping[str, type[Adapter]] = SCHEMES) -> dict[str, Any]:
     """Carry the cell's scheme through its stream, and measure.
 
-    acc, bwt, the problems of probe.py, stored and active as `compare` has them, and:
+    acc, bwt, plasticity, the problems of probe.py, stored, read and speaking as `compare` has them,
+    and:
 
     seen: after each task, mean accuracy on the tasks so far.
-    drift: after each task but the first, mean drift of the old ones' layer outputs.
+    drift: after each task but the first, mean drift of the old ones' layer outputs (probe.py).
     own: the share of the gate's weight that a task's inputs give to the ranks it has just added,
         mean over tasks after the first. chance: what it would be if all ranks weighed the same.
-    back, anew: the shares that inputs of the last task give to the first task's ranks, and to the
-        last one's. (On repeat, the last task is the first.)
+    back, anew: of what is said to inputs of the last task, the shares that the first task's ranks
+        say, and the last one's. (On repeat, the last task is the first.)
     again: accuracy on the last task before it is learned.
     """
     return run_cell(cell, classes)[0]
@@ -115,17 +117,19 @@ def run_cell(
     label = f"{cell['row']}, seed {cell['seed']}"
     run = run_stream(make, backbone, stream, cell["seed"], cell["epochs"], name=label)
     J, a = cell["tasks"], np.array(run.matrix)  # (J + 1, J)
-    mass, drift = np.array(run.records["mass"]), np.array(run.records["drift"])
+    mass, said, drift = (np.array(run.records[name]) for name in ("mass", "said", "drift"))
     measured = {
         "acc": acc(a),
         "bwt": bwt(a),
+        "plasticity": plasticity(a),
         **{name: problem(run.records) for name, problem in PROBLEMS.items()},
         "stored": run.stored,
-        "active": run.active,
+        "read": run.read,
+        "speaking": run.speaking,
         "own": float(np.mean([mass[t, t - 1, t - 1] for t in range(2, J + 1)])),
         "chance": statistics.fmean(1 / t for t in range(2, J + 1)),
-        "back": float(mass[J, J - 1, 0]),
-        "anew": float(mass[J, J - 1, J - 1]),
+        "back": float(said[J, J - 1, 0]),
+        "anew": float(said[J, J - 1, J - 1]),
         "again": float(a[J - 1, J - 1]),
         "seen": [float(a[t, :t].mean()) for t in range(1, J + 1)],
         "drift": [float(drift[t, : t - 1].mean()) for t in range(2, J + 1)],

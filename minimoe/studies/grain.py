@@ -25,7 +25,7 @@ RANK = 8  # ranks a task, so that the finest expert is a single rank
 
 
 def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
-    """A LoRA of 8 ranks a task, as 1, 2, 4 or 8 experts; 16 ranks active whatever the cut."""
+    """A LoRA of 8 ranks a task, as 1, 2, 4 or 8 experts; 16 ranks speaking whatever the cut."""
     rows = {}
     for stream in TWO_STREAMS[: 1 if quick else 2]:
         start = {"stream": stream, "tasks": 3 if quick else 5}
@@ -93,7 +93,7 @@ STUDY = Study(
     asks="The same ranks, cut into fewer or more experts: which is better?",
     cells=cells,
     measure=carried,
-    columns=COLUMNS | {"stored": "stored", "active": "active"},
+    columns=COLUMNS | {name: name for name in ("stored", "read", "speaking")},
     panels=panels,
     finding=finding,
     claims=claims,

@@ -47,11 +47,11 @@ def sizes(tasks: int) -> list[int]:
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """What `carried` measures, and what layers that have grown so far cost: parameters active, the
+    """What `carried` measures, and what layers that have grown so far cost: parameters read, the
     time of a training step and the memory it holds, as multiples of the plain backbone's."""
     measured = carried(cell)
     grown = sizes(cell["tasks"])
-    active, times, peaks = [], [], []
+    read, times, peaks = [], [], []
     x = torch.randn(BATCH, 64, generator=torch.Generator().manual_seed(cell["seed"]))
     y = torch.arange(BATCH) % CLASSES
     for tasks in grown:
@@ -71,10 +71,10 @@ def measure(cell: Cell) -> dict[str, Any]:
         rounds = [{name: clock(step) for name, step in steps.items()} for _ in range(31)]
         times.append(statistics.median(once["scheme"] / once["plain"] for once in rounds))
         peaks.append(clock.peak(steps["scheme"]) / clock.peak(steps["plain"]))
-        active.append(float(count(model)["active"]))
+        read.append(float(count(model)["read"]))
     return measured | {
         "sizes": [float(size) for size in grown],
-        "actives": active,
+        "reads": read,
         "steps": times,
         "peaks": peaks,
         "step": times[-1],
@@ -101,7 +101,7 @@ def panels(rows: Rows) -> list[Panel]:
     for title, ylabel, measure, x in (
         ("accuracy", "mean accuracy on the tasks seen so far", "seen", list(range(1, J + 1))),
         ("drift", "drift of old tasks' layer outputs", "drift", list(range(2, J + 1))),
-        ("active", "parameters read for one token", "actives", grown),
+        ("read", "parameters read for one token", "reads", grown),
         ("step", "training step, plain backbone = 1", "steps", grown),
         ("memory", "memory of a step, plain backbone = 1", "peaks", grown),
     ):
@@ -155,7 +155,8 @@ STUDY = Study(
     asks="What happens as tasks come, to accuracy, drift, time and memory?",
     cells=cells,
     measure=measure,
-    columns=COLUMNS | {"own": "own", "active": "active", "step": "step", "peak": "memory"},
+    columns=COLUMNS
+    | {"own": "own", "read": "read", "speaking": "speaking", "step": "step", "peak": "memory"},
     panels=panels,
     finding=finding,
     claims=claims,

@@ -23,8 +23,8 @@ from .study import Cell, Rows, Study
 from .verdicts import Claim, Comparison, Values
 
 SELF = "self-activated ranks"
-RANKS_STORED, RANKS_ACTIVE = "router over ranks, = stored", "router over ranks, = active"
-LORAS_STORED, LORAS_ACTIVE = "router over LoRAs, = stored", "router over LoRAs, = active"
+RANKS_STORED, RANKS_READ = "router over ranks, = stored", "router over ranks, = read"
+LORAS_STORED, LORAS_READ = "router over LoRAs, = stored", "router over LoRAs, = read"
 BALANCED = "router over LoRAs, balance .01"
 
 
@@ -43,9 +43,9 @@ def arms(J: int) -> dict[str, Cell]:
     return {
         SELF: with_settings(MORA, rank=9, top_k=9),
         RANKS_STORED: moe(6, 9, experts=6),
-        RANKS_ACTIVE: moe(9, 4, experts=9),
+        RANKS_READ: moe(9, 4, experts=9),
         LORAS_STORED: moe(9, 3),
-        LORAS_ACTIVE: moe(9, max(1, round((8 * J + 9) / 18))),
+        LORAS_READ: moe(9, max(1, round((8 * J + 9) / 18))),
         BALANCED: moe(9, 3, balance=0.01),
     }
 
@@ -77,12 +77,12 @@ def panels(rows: Rows) -> list[Panel]:
 
 def finding(rows: Rows) -> str:
     own, ranks, loras = (
-        rows[f"{PERMUTED}, {arm}"]["acc"] for arm in (SELF, RANKS_ACTIVE, LORAS_ACTIVE)
+        rows[f"{PERMUTED}, {arm}"]["acc"] for arm in (SELF, RANKS_READ, LORAS_READ)
     )
     J = len(rows[f"{PERMUTED}, {SELF}"]["seen"][0])
-    conflict = [mean(rows[f"conflict, {arm}"]["acc"]) for arm in (SELF, RANKS_ACTIVE, LORAS_ACTIVE)]
+    conflict = [mean(rows[f"conflict, {arm}"]["acc"]) for arm in (SELF, RANKS_READ, LORAS_READ)]
     return (
-        f"After {J} tasks of {PERMUTED}, with equal parameters active, self-activated ranks reach "
+        f"After {J} tasks of {PERMUTED}, with equal parameters read, self-activated ranks reach "
         f"{mean(own)}, {beside(own, ranks)} a router over ranks ({mean(ranks)}) and "
         f"{beside(own, loras)} a router over LoRAs ({mean(loras)}); the router over ranks is "
         f"{beside(ranks, loras)} that over LoRAs; on conflict, where no router that sees the input "
@@ -98,7 +98,7 @@ def claims(rows: Rows) -> list[Claim]:
         matters = ACC if measure == "acc" else SHARE
         return Comparison(label, values(more, measure), values(less, measure), matters)
 
-    routers = (RANKS_STORED, RANKS_ACTIVE, LORAS_STORED, LORAS_ACTIVE)
+    routers = (RANKS_STORED, RANKS_READ, LORAS_STORED, LORAS_READ)
     return [
         Claim(
             1,
@@ -113,7 +113,7 @@ def claims(rows: Rows) -> list[Claim]:
             "A repeated task is served by the ranks that learned it, not learned a second time.",
             [
                 Comparison(
-                    "weight on the first time's ranks - on the second's",
+                    "share said by the first time's ranks - by the second's",
                     values(SELF, "back", "repeat"),
                     values(SELF, "anew", "repeat"),
                     SHARE,
@@ -133,7 +133,7 @@ def claims(rows: Rows) -> list[Claim]:
             "A learned router over ranks is worse than one over whole LoRAs.",
             [
                 compared("ACC, LoRAs - ranks, = stored", "acc", LORAS_STORED, RANKS_STORED),
-                compared("ACC, LoRAs - ranks, = active", "acc", LORAS_ACTIVE, RANKS_ACTIVE),
+                compared("ACC, LoRAs - ranks, = read", "acc", LORAS_READ, RANKS_READ),
             ],
         ),
         Claim(
@@ -153,7 +153,8 @@ STUDY = Study(
     asks="Who should choose the ranks: they themselves, a router over ranks, one over LoRAs?",
     cells=cells,
     measure=carried,
-    columns=COLUMNS | {name: name for name in ("back", "anew", "again", "stored", "active")},
+    columns=COLUMNS
+    | {name: name for name in ("back", "anew", "again", "stored", "read", "speaking")},
     panels=panels,
     finding=finding,
     claims=claims,

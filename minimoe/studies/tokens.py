@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..continual.learn import LEARNING_RATE, Learner, Run, run_stream
-from ..continual.metrics import acc, forgetting
+from ..continual.metrics import acc, forgetting, plasticity
 from ..continual.stream import Stream
 from ..roster import EPOCHS, ROSTER
 from ..tools.results import Panel
@@ -64,10 +64,10 @@ def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
 def measure(cell: Cell) -> dict[str, Any]:
     """On the test data, at the learning rate and the scale that are best on what is held out.
 
-    acc, forgetting; learned: mean accuracy on a task just after it came; own: the share of the
-    gate's weight that a task's inputs give to its ranks in the end, chance being 1 in as many as
-    there are tasks; lr, scale: what was picked, of what there is; held: mean accuracy on what is
-    held out.
+    acc, forgetting; learned: plasticity, mean accuracy on a task just after it came; own: the share
+    of the gate's weight that a task's inputs give to its ranks in the end, chance being 1 in as
+    many as there are tasks; lr, scale: what was picked, of what there is; held: mean accuracy on
+    what is held out.
     """
     pairs = [(lr, scale) for lr in cell["rates"] for scale in cell["scales"]]
     tried = {pair: trial for pair in pairs if (trial := _trial(cell, *pair)) is not None}
@@ -78,7 +78,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     a, mass, J = np.array(run.matrix), np.array(run.records["mass"]), cell["tasks"]
     return {
         "acc": acc(a),
-        "learned": float(np.mean([a[t + 1, t] for t in range(J)])),
+        "learned": plasticity(a),
         "forgetting": forgetting(a),
         "own": float(np.mean([mass[J, t, t] for t in range(J)])),
         "lr": math.nan if cell["scheme"] in UNTRAINED else picked[0],

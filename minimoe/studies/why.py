@@ -29,7 +29,7 @@ from ..claims import Claims
 from ..roster import SCHEMES
 from ..sparse import TINY, widened
 from ..tools.results import Line, Panel
-from .common import ACC, carried, cells_of, mean
+from .common import ACC, COLUMNS, SHARE, carried, cells_of, mean
 from .study import Cell, Rows, Study
 from .verdicts import Claim, Comparison
 
@@ -84,8 +84,9 @@ class Factored(Adapter):
 
     def active(self) -> int:
         D, O = self.in_features, self.out_features
-        routed, spoken = self.score in ("linear", "cosine"), self.kept * self.block
-        return (self.n_experts * D + spoken * (D + O)) if routed else self.ranks * D + spoken * O
+        if self.score in ("linear", "cosine"):
+            return self.n_experts * D + self.speaking()
+        return self.ranks * D + self.kept * self.block * O
 
 
 RANK, SPEAK = 8, 16
@@ -150,7 +151,7 @@ def compared(rows: Rows, stream: str, more: str, less: str, measure: str = "acc"
     """One arm against another on a stream."""
     label = f"{stream}: {more} - {less}"
     ours, theirs = (rows[f"{stream}, {arm}"][measure] for arm in (more, less))
-    return Comparison(label, ours, theirs, ACC)
+    return Comparison(label, ours, theirs, ACC if measure == "acc" else SHARE)
 
 
 def panels(rows: Rows) -> list[Panel]:
@@ -205,6 +206,11 @@ def claims(rows: Rows) -> list[Claim]:
         return [compared(rows, stream, more, less, measure) for stream in streams_of(rows)]
 
     return [
+        Claim(
+            4,
+            "A lower tau makes routing more decided.",
+            on_all("tau .3", USUAL, "ambiguity") + on_all(USUAL, "tau .03", "ambiguity"),
+        ),
         Claim(4, "A signed score does better than one by size.", on_all(USUAL, "score by size")),
         Claim(
             4,
@@ -244,7 +250,7 @@ STUDY = Study(
     asks="What carries MoRA's gain over a router: who scores, what, how sharply?",
     cells=cells,
     measure=measure,
-    columns={"acc": "ACC", "plasticity": "plasticity", "bwt": "BWT", "stored": "stored"},
+    columns=COLUMNS | {name: name for name in ("stored", "read", "speaking")},
     panels=panels,
     finding=finding,
     claims=claims,

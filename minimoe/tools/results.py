@@ -66,7 +66,7 @@ class SchemeResult:
 
     matrix: (seeds, J + 1, J), the accuracy matrix of each seed (metrics.py), J tasks. found: what a
     probe.Recorder recorded, mean over seeds. seconds: learning, per seed; step: of a step of
-    training. trainable, stored, active: numbers of parameters.
+    training. trainable, stored, read, speaking: numbers of parameters (Learner.count).
     """
 
     acc: Spread
@@ -76,14 +76,19 @@ class SchemeResult:
     transfer: Spread
     average: Spread
     last: Spread
+    plasticity: Spread
+    mammoth_forgetting: Spread
+    avalanche_forgetting: Spread
     interference: Spread
     intrusion: Spread
     redundancy: Spread
+    redundancy_chance: Spread
     ambiguity: Spread
     instability: Spread
     trainable: int
     stored: int
-    active: int
+    read: int
+    speaking: int
     seconds: Spread
     step: Spread
     matrix: list[list[list[Number]]]
@@ -130,7 +135,7 @@ class CompareResult:
             scheme.found.update({key: with_nan(array) for key, array in scheme.found.items()})
             _require_shape(f"{name}'s matrix", scheme.matrix, (len(result.seeds), J + 1, J))
             for key, array in scheme.found.items():
-                ends = {"mass": (J, J), "alike": ()}.get(key, (J,))
+                ends = {"mass": (J, J), "said": (J, J), "alike": (), "chance": ()}.get(key, (J,))
                 _require_shape(f"{name}'s {key}", array, (J + 1, *ends))
         return result
 

@@ -18,14 +18,22 @@ COLUMNS = {
     "transfer": "Transfer",
     "average": "Average",
 }
-PROBLEMS = ("interference", "intrusion", "redundancy", "ambiguity", "instability")
+PROBLEMS = {
+    "interference": "interference",
+    "intrusion": "intrusion",
+    "redundancy": "redundancy",
+    "redundancy_chance": "(chance)",
+    "ambiguity": "ambiguity",
+    "instability": "instability",
+}
+COUNTS = ("trainable", "stored", "read", "speaking")
 
 LEGEND = """\
 ACC: mean accuracy on all tasks after the last. BWT: change on old tasks since they were learned.
 forgetting: loss from a task's best. FWT: gain on a task before it is learned. Transfer: accuracy
 on tasks not yet learned. Average: over all tasks and times. Parameters: trained per task, stored
-at the end, active (read for one token's output). seconds: learning, per seed; ms/step: a step of
-training."""
+at the end, read for one token's output (also to choose), and speaking in it at most: of ranks that
+have weight. seconds: learning, per seed; ms/step: a step of training."""
 REAL_LEGEND = """\
 Here accuracy is the share of the answer explained, 1 - Σ‖ŷ - y‖² / Σ‖y‖²."""
 PLANTED_LEGEND = """\
@@ -34,11 +42,12 @@ able to express."""
 CLOSED_LEGEND = """\
 Closed forms: ACC by algebra, not by training steps, from the training data of all tasks at once."""
 PROBLEMS_LEGEND = """\
-In the adapted layers, on 64 test examples of each task. interference: how far outputs for old tasks
-have moved since each was learned, relative. intrusion: share of their gate's weight that later
-ranks take. redundancy: largest |cosine| of a new rank with an old one. ambiguity: the gate's
-entropy, 1 where all experts weigh the same. instability: share of the ranks chosen for an old
-input that changed."""
+In the adapted layers, on 64 test examples of each task. plasticity: accuracy just after a task is
+learned. interference: how far outputs for old tasks have moved since, in units of how far learning
+them had moved them; – where nothing was learned. intrusion: share of what is said to old inputs
+that later experts say. redundancy: largest |cosine| of a new expert's update with an older one's;
+(chance): of random updates. ambiguity: 0 if one expert has all the gate's weight, 1 if all that may
+be kept weigh the same. instability: share of what is said to an old input that others say now."""
 
 
 def short(value: float) -> str:
@@ -109,18 +118,18 @@ def table(result: CompareResult, width: int | None = None) -> str:
     """A comparison as text for a terminal, means ± sample standard deviations over seeds."""
     planted = any(scheme.reachable for scheme in result.schemes.values())
     head = ["", *["reachable"] * planted, *COLUMNS.values()]
-    rows = [[*head, "trainable", "stored", "active", "seconds", "ms/step"]]
-    problems = [["", *PROBLEMS]]
+    rows = [[*head, *COUNTS, "seconds", "ms/step"]]
+    problems = [["", "plasticity", *PROBLEMS.values()]]
     for name, scheme in result.schemes.items():
         reach = [_reachable(scheme.reachable)] * planted
         scores = [cell(scheme[measure]) for measure in COLUMNS]
-        counts = [f"{count:,}" for count in (scheme.trainable, scheme.stored, scheme.active)]
+        counts = [f"{getattr(scheme, count):,}" for count in COUNTS]
         step = scheme.step.mean
         times = [f"{scheme.seconds.mean or 0:.1f}", "–" if step is None else f"{1000 * step:.2f}"]
         rows.append([name, *reach, *scores, *counts, *times])
         cells = [cell(scheme[problem]) for problem in PROBLEMS]
         if set(cells) != {"–"}:
-            problems.append([name, *cells])
+            problems.append([name, cell(scheme.plasticity), *cells])
     legends = [filled(text, width) for text in (LEGEND, *_score_legend(result, planted))]
     lines = [filled(title(result), width), "", *aligned(rows, width), "", *legends]
     if result.closed_forms:
@@ -272,10 +281,9 @@ FORMATS = ("text", "csv", "latex", "markdown")
 def grid(kind: str, result: Any) -> tuple[list[str], list[list[Any]]]:
     """Head and rows of a result of `compare`, `study` or `bench`: names, numbers and spreads."""
     if kind == "compare":
-        measures = [*COLUMNS, *PROBLEMS]
-        counts = ["trainable", "stored", "active"]
+        measures = [*COLUMNS, "plasticity", *PROBLEMS]
         reach = ["reachable"] * any(s.reachable for s in result.schemes.values())
-        keys = [*reach, *measures, *counts, "seconds", "step"]
+        keys = [*reach, *measures, *COUNTS, "seconds", "step"]
         rows = [[name, *(getattr(s, k) for k in keys)] for name, s in result.schemes.items()]
         for name, acc in (result.closed_forms or {}).items():
             rows.append([name, *(acc if key == "acc" else None for key in keys)])

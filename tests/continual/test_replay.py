@@ -87,7 +87,8 @@ def test_stored_is_the_lora_and_the_memory():
         assert learner.count() == {
             "trainable": lora,
             "stored": lora + (t + 1) * 3 * (5 + 1),
-            "active": lora,
+            "read": lora,
+            "speaking": lora,
         }
     digits = streams.make("permuted-digits", 5)
     for name, stored in (("replay_20", 11_620), ("replay_80", 31_120)):

@@ -315,7 +315,7 @@ def test_what_stands_at_padding_is_not_recorded(scheme, settings):
         recorder = Recorder([inputs])
         for _ in range(2):
             recorder.record(learner.model, learner.predict)
-        found.append(recorder.records["entropy"][1, 0].item())
+        found.append(recorder.records["undecided"][1, 0].item())
     assert found[0] == found[1] and found[0] > 0.01
 
 

@@ -184,7 +184,7 @@ def test_counts_are_the_docstrings_formulas(case, tasks):
     k = min(tests.SETTINGS.get("top_k", 0), most)
     counts = count(net)
     assert counts["stored"] == sum(tests.STORED(*DO, R, r, E) for DO in ((6, 9), (9, 6)))
-    assert counts["active"] == sum(tests.ACTIVE(*DO, R, r, E, k) for DO in ((6, 9), (9, 6)))
+    assert counts["read"] == sum(tests.ACTIVE(*DO, R, r, E, k) for DO in ((6, 9), (9, 6)))
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -20,9 +20,9 @@ from minimoe.compare import compare
 from minimoe.continual.backbones import Backbone
 from minimoe.continual.streams import STREAMS, make
 from minimoe.roster import ROSTER
-from minimoe.studies import STUDIES, atlas, growth, routing, run_study, silence, study, tokens
+from minimoe.studies import STUDIES, atlas, growth, memory, routing, run_study, silence, study, tokens
 from minimoe.studies.common import carried, mean
-from minimoe.studies.knobs import CLASSES, AbsoluteMoRA
+from minimoe.studies.why import CLASSES
 from minimoe.studies.study import Rows, command, file_of, report, run
 from minimoe.tools.files import read_json, write_json
 from minimoe.tools.tables import findings
@@ -242,8 +242,8 @@ def test_what_growth_and_silence_say():
     grown = growth.measure(TINY | MORA)
     assert grown["sizes"] == [1, 3] == growth.sizes(3)
     assert growth.sizes(30) == [1, 5, 10, 15, 20, 25, 30]
-    assert grown["actives"] == [4 * 640, 12 * 320 + 4 * 320]  # K (D + O) of 4; R D + K O of 12
-    assert grown["active"] == grown["actives"][-1]
+    assert grown["reads"] == [4 * 640, 12 * 320 + 4 * 320]  # K (D + O) of 4; R D + K O of 12
+    assert grown["read"] == grown["reads"][-1]
     assert grown["step"] == grown["steps"][-1] > 0 and grown["peak"] == grown["peaks"][-1] > 0
     delta = {"settings": MORA["settings"] | {"delta": 1.1}}  # nothing speaks
     silent = silence.measure(TINY | MORA | delta | {"stream": "permuted-digits"})
@@ -264,18 +264,8 @@ def test_the_arms_of_routing_are_as_equal_as_they_say(T):
     own = counts[routing.SELF]
     assert counts[routing.RANKS_STORED]["stored"] == own["stored"]
     assert counts[routing.LORAS_STORED]["stored"] == pytest.approx(own["stored"], rel=0.06)
-    assert counts[routing.RANKS_ACTIVE]["active"] == pytest.approx(own["active"], rel=0.03)
-    assert counts[routing.LORAS_ACTIVE]["active"] == pytest.approx(own["active"], rel=0.12)
-
-
-def test_the_absolute_score_by_hand():
-    layer = AbsoluteMoRA(nn.Linear(2, 2, bias=False), rank=2, top_k=1, tau=1.0, delta=0.7).double()
-    with torch.no_grad():
-        layer.A.copy_(torch.eye(2))
-    # z = (3, -4), |s| = (.6, .8): the second is kept, and is above delta whichever way x points
-    for sign in (1, -1):
-        idx, w, z, *_ = layer.eval().gate(torch.tensor([[3.0, -4.0]]).double() * sign)
-        assert (idx.item(), w.item(), z.item()) == (1, 1, -4 * sign)
+    assert counts[routing.RANKS_READ]["read"] == pytest.approx(own["read"], rel=0.03)
+    assert counts[routing.LORAS_READ]["read"] == pytest.approx(own["read"], rel=0.12)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -288,6 +278,8 @@ def test_the_cells_of_a_study(name, quick, tmp_path):
     for cell in cells:
         if name == "atlas":
             assert cell["row"] in ROSTER and set(cell["streams"]) <= set(STREAMS)
+        elif name == "memory":
+            assert cell["method"] in memory.METHODS and cell["stream"] in STREAMS
         elif name == "tokens":
             assert cell["scheme"] in ROSTER and cell["stream"] in STREAMS
             assert len(cell["rates"]) * len(cell["scales"]) in (1, 4)
@@ -306,8 +298,8 @@ def test_the_words_of_a_finding_follow_the_numbers(name):
         found = []
         for cell in cells:
             value = 0.5 + slope * order.index(cell["row"]) + 0.0001 * cell["seed"]
-            one = dict.fromkeys((*STUDIES[name].columns, "chance", "back", "anew"), value)
-            curves = ("seen", "drift", "actives", "steps", "peaks")
+            one = dict.fromkeys((*STUDIES[name].columns, "chance", "back", "anew", "ambiguity"), value)
+            curves = ("seen", "drift", "reads", "steps", "peaks")
             lines = {curve: [value, value] for curve in curves}
             found.append({"seconds": 60.0, **one, **lines, "sizes": [1.0, 2.0]})
         return report(name, STUDIES[name], [0, 1, 2], False, cells, found)
@@ -336,7 +328,7 @@ def test_rows_keep_the_order_of_seeds():
 
 
 def test_an_unknown_study_writes_nothing(tmp_path):
-    with pytest.raises(ValueError, match="study is 'routes', allowed: routing, knobs, growth"):
+    with pytest.raises(ValueError, match="study is 'routes', allowed: memory, why, routing, growth"):
         run_study("routes", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
