@@ -229,7 +229,7 @@ BAD = [
     (["bench", "--repeats", "0"], "repeats is 0, allowed: 1 or more"),
     (["bench", "--threads", "0"], "threads is 0, allowed: 1 or more"),
     (["bench", "--out", "file/run"], "Not a directory"),
-    (["study", "routes"], "study is 'routes', allowed: memory, why, routing, growth, silence, grain"),
+    (["study", "routes"], "study is 'routes', allowed: memory, why, routing, growth, silence"),
     (["study", "grain", "--jobs", "0"], "jobs is 0, allowed: 1 or more"),
     (["study", "grain", "--seeds", "-1"], "seeds is -1, allowed: 0 to 4294967295"),
     (["study", "grain", "--out", "file/run"], "Not a directory"),

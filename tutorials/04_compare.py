@@ -637,7 +637,9 @@ with exercise("2"):
     assert verdict([0.95], [0.10]) == "not told", "a single seed"
     for x, y, stream in cases:
         differ = verdict(values[x][stream], values[y][stream]) != "not told"
-        assert differ == (compared(x, y, stream).verdict != "inconclusive"), f"{x} and {y} on {stream}"
+        assert differ == (compared(x, y, stream).verdict != "inconclusive"), (
+            f"{x} and {y} on {stream}"
+        )
 
 # %% [markdown]
 # **3.** A paper reports .70 on split-digits, "against .21 of LoRA". Which learner of the atlas

@@ -20,10 +20,20 @@ from minimoe.compare import compare
 from minimoe.continual.backbones import Backbone
 from minimoe.continual.streams import STREAMS, make
 from minimoe.roster import ROSTER
-from minimoe.studies import STUDIES, atlas, growth, memory, routing, run_study, silence, study, tokens
+from minimoe.studies import (
+    STUDIES,
+    atlas,
+    growth,
+    memory,
+    routing,
+    run_study,
+    silence,
+    study,
+    tokens,
+)
 from minimoe.studies.common import carried, mean
-from minimoe.studies.why import CLASSES
 from minimoe.studies.study import Rows, command, file_of, report, run
+from minimoe.studies.why import CLASSES
 from minimoe.tools.files import read_json, write_json
 from minimoe.tools.tables import findings
 
@@ -298,7 +308,7 @@ def test_the_words_of_a_finding_follow_the_numbers(name):
         found = []
         for cell in cells:
             value = 0.5 + slope * order.index(cell["row"]) + 0.0001 * cell["seed"]
-            one = dict.fromkeys((*STUDIES[name].columns, "chance", "back", "anew", "ambiguity"), value)
+            one = dict.fromkeys((*STUDIES[name].columns, "chance", "back", "anew"), value)
             curves = ("seen", "drift", "reads", "steps", "peaks")
             lines = {curve: [value, value] for curve in curves}
             found.append({"seconds": 60.0, **one, **lines, "sizes": [1.0, 2.0]})
@@ -328,7 +338,7 @@ def test_rows_keep_the_order_of_seeds():
 
 
 def test_an_unknown_study_writes_nothing(tmp_path):
-    with pytest.raises(ValueError, match="study is 'routes', allowed: memory, why, routing, growth"):
+    with pytest.raises(ValueError, match="study is 'routes', allowed: memory, why, routing"):
         run_study("routes", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
