@@ -13,9 +13,9 @@ import pytest
 
 from minimoe.cli import main
 from minimoe.compare import restore
+from minimoe.continual.backbones import Backbone
 from minimoe.continual.streams import STREAMS
 from minimoe.laws import LAWS, says
-from minimoe.continual.backbones import Backbone
 from minimoe.roster import ROSTER, names
 
 SMALL = ["--tasks", "3", "--epochs", "2", "--rank", "4"]

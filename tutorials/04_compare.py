@@ -192,11 +192,11 @@ plt.show()
 # Down a column of `lora` the accuracy falls as tasks come; down a column of `mora` it stays.
 # `joint` has one row only, the end: it learns all tasks at once.
 #
-# `joint` and `oracle` are called privileged because of what they are told. They are trained like all
-# others, and are no bounds: what does not train by steps, such as `ridge`, can end above them. What the oracle is told is worth a look:
-# it has one LoRA per task, and the task's number at test says which is to speak. Told the wrong
-# number, it has the same weights and does not know the digits. Nothing is forgotten in it; to know
-# *who should speak* is the whole of the difference.
+# `joint` and `oracle` are called privileged because of what they are told. They are trained like
+# all others, and are no bounds: what takes no steps, such as `ridge`, can end above them. What the
+# oracle is told is worth a look: it has one LoRA per task, and the task's number at test says which
+# is to speak. Told the wrong number, it has the same weights and does not know the digits. Nothing
+# is forgotten in it; to know *who should speak* is the whole of the difference.
 
 # %%
 stream = streams.make("permuted-digits", tasks=2, seed=0)

@@ -66,7 +66,8 @@ def panels(rows: Rows) -> list[Panel]:
 
 
 def finding(rows: Rows) -> str:
-    """Who is first on each stream but for the privileged, and whom the numbers do not tell from it."""
+    """Who of the others than the privileged is first on each stream, and whom the numbers do not
+    tell from it."""
     parts = []
     for name in streams_of(rows):
         accs = {row: rows[row][f"acc {name}"] for row in rows if ROSTER[row].kind != "privileged"}
