@@ -16,8 +16,9 @@ from minimoe.adapt import adapters
 from minimoe.cli import main
 from minimoe.compare import compare, report, restore
 from minimoe.continual import Stream, Task, streams
-from minimoe.continual.backbones import Attention
+from minimoe.continual.backbones import Attention, Backbone
 from minimoe.continual.learn import AdapterLearner
+from minimoe.roster import ROSTER, names
 from minimoe.tools.results import CompareResult
 from minimoe.tools.seeds import seed_all, seeded
 
@@ -104,15 +105,18 @@ def run(command, capsys):
     return status, out, err.splitlines()[-1] if err else ""
 
 
+LACKS = {name for name, entry in ROSTER.items() if entry.needs}
+
+
 @pytest.mark.parametrize(
     ("name", "more", "lacks"),
     [
         ("wine", "", ()),
-        pytest.param("tokens", "", ("class_mean", "head_only"), marks=pytest.mark.slow),
+        pytest.param("tokens", "", LACKS, marks=pytest.mark.slow),
         pytest.param(
             "images",
             "--targets .*attention.*(q|v).*|.*fc1 --rank 4",
-            ("class_mean", "head_only"),
+            LACKS,
             marks=pytest.mark.slow,
         ),
     ],
@@ -122,8 +126,7 @@ def test_a_file_of_ones_own_gives_the_table_and_the_pictures(name, more, lacks, 
     assert status == 0, err
     result = CompareResult.read(home / "o" / "compare.json")
     assert result.stream == name and result.settings["score"] == "accuracy"
-    usual = {"lora", "lora_moe", "mora", "zero_shot", "class_mean", "head_only"}
-    usual |= {"lora_grown", "joint", "oracle"}
+    usual = set(names(Backbone(), "scheme", "baseline", "privileged"))
     assert set(result.schemes) == usual - set(lacks)
     for scheme in result.schemes.values():
         assert 0 <= scheme.acc.mean <= 1

@@ -42,8 +42,8 @@ plt.rcParams["figure.constrained_layout.use"] = True
 #
 # A *learner* is what is carried through a stream: a scheme and how it lives. `ROSTER` names them
 # all (`minimoe list` prints the same). There are four kinds. `atlas` schemes are further papers';
-# the last two are there to hold a number against: a **baseline** is what a scheme should beat, a
-# **bound** is given what no scheme is given, all tasks at once or the task's name at test.
+# the last two are there to hold a number against: a **baseline** is what a scheme should beat; what
+# is **privileged** is given what no scheme is given, all tasks at once or the task's name at test.
 
 # %%
 kinds = {name: entry.kind for name, entry in ROSTER.items()}
@@ -53,9 +53,9 @@ print()
 for name in streams.STREAMS:
     print(f"{name:16}{streams.shows(name)}")
 
-assert set(kinds.values()) == {"scheme", "atlas", "baseline", "bound"}
+assert set(kinds.values()) == {"scheme", "atlas", "baseline", "privileged"}
 assert Counter(kinds.values())["scheme"] == 3
-assert kinds["class_mean"] == "baseline" and kinds["joint"] == kinds["oracle"] == "bound"
+assert kinds["class_mean"] == "baseline" and kinds["joint"] == kinds["oracle"] == "privileged"
 
 # %% [markdown]
 # The classes behind the schemes and the atlas, all of which `minimoe.adapt.adapt` puts into a model
@@ -192,11 +192,11 @@ plt.show()
 # Down a column of `lora` the accuracy falls as tasks come; down a column of `mora` it stays.
 # `joint` has one row only, the end: it learns all tasks at once.
 #
-# `joint` and `oracle` are called bounds because of what they are told. They are trained like all
-# others, so a scheme may end near them, or a hair above. What the oracle is told is worth a look:
-# it has one LoRA per task, and the task's number at test says which is to speak. Told the wrong
-# number, it has the same weights and does not know the digits. Nothing is forgotten in it; to know
-# *who should speak* is the whole of the difference.
+# `joint` and `oracle` are called privileged because of what they are told. They are trained like
+# all others, and are no bounds: what takes no steps, such as `ridge`, can end above them. What the
+# oracle is told is worth a look: it has one LoRA per task, and the task's number at test says which
+# is to speak. Told the wrong number, it has the same weights and does not know the digits. Nothing
+# is forgotten in it; to know *who should speak* is the whole of the difference.
 
 # %%
 stream = streams.make("permuted-digits", tasks=2, seed=0)
@@ -366,8 +366,8 @@ contenders = [name for name, kind in kinds.items() if kind in ("scheme", "atlas"
 best = {s: max(contenders, key=lambda name, s=s: means[name][s]) for s in STREAMS}
 print(f"{'':16}{'best scheme':>20}{'class_mean':>12}{'joint':>8}{'oracle':>8}")
 for s in STREAMS:
-    bounds = "".join(f"{means[bound][s]:8.3f}" for bound in ("joint", "oracle"))
-    print(f"{s:16}{best[s]:>14}{means[best[s]][s]:6.3f}{means['class_mean'][s]:12.3f}{bounds}")
+    told = "".join(f"{means[name][s]:8.3f}" for name in ("joint", "oracle"))
+    print(f"{s:16}{best[s]:>14}{means[best[s]][s]:6.3f}{means['class_mean'][s]:12.3f}{told}")
 
 split = {name: means[name]["split-digits"] for name in means}
 assert 2 * split["lora"] < 0.45 < split["class_mean"]
@@ -391,7 +391,7 @@ assert means["joint"]["rotated-digits"] - means["mora"]["rotated-digits"] > 0.2
 # that a single seed puts the other way round than the mean of five.
 
 # %%
-free = [name for name in values if kinds[name] != "bound"]
+free = [name for name in values if kinds[name] != "privileged"]
 pairs = [(one, other) for i, one in enumerate(free) for other in free[:i]]
 swapped = {}
 for s in STREAMS:
@@ -580,7 +580,7 @@ assert planted_runs["lora_moe"].bwt.mean < -0.1  # LoRA-MoE does
 #
 # 1. The whole matrix, not ACC alone; BWT beside ACC.
 # 2. A baseline that trains nothing, and one that trains the least.
-# 3. A bound: how much was there to gain?
+# 3. One that is told more: how much was there to gain?
 # 4. Several seeds, compared in pairs, and what was picked on which of them.
 # 5. Where it loses.
 #

@@ -88,7 +88,7 @@ assert min(before[name] for name in TASKS) > before["English"] + 0.5
 #
 # Three texts come in turn, and only adapters learn. LoRA trains on the same ranks throughout; the
 # others freeze what they have and grow 8 ranks. MoRA's weights sum to 1 over eight ranks, where
-# LoRA's are 1 each: a scale of 4 makes up for part of that. The bound is `Oracle`: one LoRA for
+# LoRA's are 1 each: a scale of 4 makes up for part of that. Privileged is `Oracle`: one LoRA for
 # each text, told, also at test, which one to use. `run_stream` would carry them through; here its
 # three steps are written out, so that English is watched too. A `Recorder` looks at the gates.
 

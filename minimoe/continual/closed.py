@@ -18,7 +18,7 @@ each task, which λ would then depend on); LDA's shrinkage is a share of the mea
 class has a mean in each task.
 
 No step is taken, and no sum is ever forgotten. All is in float64 on the CPU. `stored` counts what
-must be kept to go on learning, of symmetric sums a triangle; P comes from a seed, not counted.
+must be kept to go on learning, of symmetric sums a triangle; P comes from a seed and is not.
 
 Axes: N examples, D numbers of u, M of h, O of an answer, J tasks.
 """

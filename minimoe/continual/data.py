@@ -162,8 +162,8 @@ class _InTurn(Mixed):
 
 def layout(x: Inputs) -> list[Any]:
     """Of one example: what must be alike for examples to be stacked."""
-    keys = list(x) if isinstance(x, dict) else []
-    return [keys, *((tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors(x))]
+    named = x if isinstance(x, dict) else {"": x}
+    return [(key, tuple(named[key].shape[1:]), named[key].dtype) for key in sorted(named)]
 
 
 def stacked(parts: Sequence[Inputs]) -> Inputs:

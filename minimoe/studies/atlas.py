@@ -82,8 +82,8 @@ def panels(rows: Rows) -> list[Panel]:
 
 
 def finding(rows: Rows) -> str:
-    """Who is first on each stream but for the bounds, and over whom its lead is not supported (on a
-    stream, all these leads are one family of verdicts.py)."""
+    """Who of the others than the privileged is first on each stream, and over whom its lead is not
+    supported (on a stream, all these leads are one family of verdicts.py)."""
     parts = []
     for name in streams_of(rows):
         accs = {row: rows[row][f"acc {name}"] for row in rows if ROSTER[row].kind != "privileged"}

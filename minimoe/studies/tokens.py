@@ -5,8 +5,8 @@ can be read from it. Under attention a gate reads 4 pixels of 64, or one letter.
 
 The three schemes pick their learning rate and their scale of four pairs, on images or sequences
 that are neither trained on nor tested on: a quarter of each task's training data, held out. Each
-seed picks anew, so the spread over seeds is that of the whole procedure. Baselines and bounds have
-the roster's settings.
+seed picks anew, so the spread over seeds is that of the whole procedure. All others have the
+roster's settings.
 """
 
 import dataclasses

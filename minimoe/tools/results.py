@@ -250,13 +250,16 @@ class StudyResult:
             if missing := result.columns.keys() - row.keys():
                 raise ValueError(f"{label} lacks {min(missing)}")
         for panel in result.panels:
-            along = panel.names if panel.x is None else panel.x
-            if along is None or (panel.names and len(panel.kinds or []) != len(panel.names)):
-                raise ValueError(f"the panel {panel.title} has nothing along it")
-            if panel.names and len(panel.lines) != len(along):
+            names = panel.names or []
+            if len(panel.kinds or []) != len(names):
+                raise ValueError(f"the panel {panel.title} has not a kind for each name")
+            if names and len(panel.lines) != len(names):
                 raise ValueError(f"the panel {panel.title} has not a line for each name")
             for line in panel.lines:
-                wanted = 1 if panel.names else len(along)
+                along = panel.x if line.x is None else line.x
+                if along is None and not names:
+                    raise ValueError(f"{panel.title}, {line.label}: has nothing along it")
+                wanted = 1 if names else len(along or [])
                 if not len(line.mean) == len(line.std) == wanted:
                     raise ValueError(f"{panel.title}, {line.label}: not {wanted} numbers")
         return result

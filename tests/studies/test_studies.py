@@ -365,7 +365,7 @@ def test_the_atlas_says_who_is_first_and_who_is_not_told_from_it():
     cells = [{"row": name, "seed": seed} for name in ["mora", *rest] for seed in (0, 1, 2)]
     base = dict.fromkeys((f"acc {n}" for n in atlas.STREAMS), math.nan)
     accs = {"olora": [0.9, 0.91, 0.92], "ewc": [0.7, 0.9, 1.0], "mora": [0.8, 0.81, 0.82]}
-    accs["joint"] = [1.0, 1.0, 1.0]  # a bound, and so not in the race
+    accs["joint"] = [1.0, 1.0, 1.0]  # sees all at once, and so is not in the race
     found = [
         base | {"acc split-digits": accs.get(cell["row"], [0.1, 0.11, 0.12])[cell["seed"]]}
         for cell in cells
