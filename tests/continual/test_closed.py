@@ -14,7 +14,7 @@ from minimoe.continual.backbones import Backbone
 from minimoe.continual.checkpoints import Checkpoints
 from minimoe.continual.closed import LDA, OwnRidge, Ridge
 from minimoe.continual.learn import pretrain, run_stream
-from minimoe.continual.planted import Linear
+from minimoe.continual.linear import Linear
 from minimoe.continual.stream import IGNORED, Stream, Task
 from minimoe.roster import ROSTER, names
 
