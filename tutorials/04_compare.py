@@ -416,9 +416,9 @@ assert np.mean(swapped["split-digits"]) > np.mean(swapped["permuted-digits"])
 #
 #     |mean(d)| > t · std(d) / √n            t: the 97.5 % point of Student's t, n - 1 degrees
 #
-# `Comparison` says `supported`, `refuted` (the other way round) or `inconclusive` (not told), after
-# the interval mean(d) ± t · std(d) / √n. Neither the gap of the means nor the overlap of the spreads
-# says which it is.
+# `Comparison` says `supported`, `refuted` (the other way round) or `inconclusive` (not told), and
+# prints the interval mean(d) ± t · std(d) / √n. Neither the gap of the means nor the overlap of the
+# spreads says which it is.
 
 
 # %%
@@ -637,9 +637,8 @@ with exercise("2"):
     assert verdict([0.95], [0.10]) == "not told", "a single seed"
     for x, y, stream in cases:
         differ = verdict(values[x][stream], values[y][stream]) != "not told"
-        assert differ == (compared(x, y, stream).verdict != "inconclusive"), (
-            f"{x} and {y} on {stream}"
-        )
+        told = compared(x, y, stream).verdict != "inconclusive"
+        assert differ == told, f"{x} and {y} on {stream}"
 
 # %% [markdown]
 # **3.** A paper reports .70 on split-digits, "against .21 of LoRA". Which learner of the atlas

@@ -82,8 +82,8 @@ def test_what_is_lost_in_rounding_is_no_difference():
     assert same.verdict == "inconclusive"
     assert Comparison("", [0.5, 0.5], [0.5, 0.5]).verdict == "inconclusive"
     # just what matters, but for rounding: not less than it
-    just = Comparison("", [0.32] * 5, [0.3] * 5, matters=0.02)
-    assert just.effect != 0.02 and just.verdict == "supported"
+    just = Comparison("", [0.82] * 5, [0.8] * 5, matters=0.02)
+    assert just.effect < 0.02 and just.verdict == "supported"
     below = Comparison("", [0.3 - 1e-12] * 5, [0.3] * 5)
     assert below.verdict == "refuted"  # small, and there
 
