@@ -74,7 +74,7 @@ def test_no_training_gets_below_reduced_rank_and_long_training_gets_there():
 
 def test_what_is_reachable_on_known_tasks(backbone):
     found = reachable(backbone, STREAM, settings())
-    assert set(found) == {*BY_DEFAULT, "olora", "ewc"} - {"ridge", "own_ridge"}
+    assert set(found) == {*BY_DEFAULT, "olora", "ewc"} - {"ridge", "own_ridge", "own_subspace"}
     acc = {name: one.mean for name, one in found.items()}
     limits = {name for name, one in found.items() if one.limit}
     assert limits == set(found) - {"lora_moe", "mora", "mora_detached"}
