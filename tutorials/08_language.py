@@ -156,7 +156,9 @@ assert np.allclose(own[J, :J], np.diag(own[1:]), atol=1e-3)  # told: nothing mov
 assert np.allclose(own[:, J], before["English"], atol=1e-6)
 
 # %%
-print("                 learned    end  forgotten  English moved  trained  stored    read  speaking")
+print(
+    "                 learned    end  forgotten  English moved  trained  stored    read  speaking"
+)
 end, moved = {}, {}
 for name, matrix in matrices.items():
     end[name], moved[name] = acc(matrix[:, :J]), matrix[J, J] - matrix[0, J]
