@@ -250,6 +250,7 @@ alike = probe.alike(A, B, old=1).item()
 nan = np.nan  # nothing to say there
 records = {  # [i, j]: i tasks learned, on the inputs of task j; as a Recorder writes it
     "drift": [[nan, nan], [0, nan], [drift, 0]],
+    "learned": [[nan, nan], [0.4, nan], [0.4, 0.4]],  # ‖u'‖ / ‖y'‖: by it a task counts
     "said": [[[nan, nan]] * 2, [[1, nan], [nan, nan]], [said, [0, 1]]],
     "undecided": [[nan, nan], [1, nan], [undecided, 0]],
     "turnover": [[nan, nan], [0, nan], [turnover, 0]],
