@@ -165,9 +165,9 @@ class Recorder:
     Every linear layer under a scheme is looked at; a model without any gives nothing but nan.
 
     records: {"drift", "learned", "undecided", "turnover", "silent": (J + 1, J), "mass", "said":
-    (J + 1, J, J), the last axis the task of origin, "alike", "chance": (J + 1,)}, float64, nan where there is
-    nothing to say: before task j is learned, in a record that was `skip`ped, in the shares of a
-    task that added no ranks, and as the module says.
+    (J + 1, J, J), the last axis the task of origin, "alike", "chance": (J + 1,)}, float64, nan
+    where there is nothing to say: before task j is learned, in a record that was `skip`ped, in the
+    shares of a task that added no ranks, and as the module says.
     """
 
     def __init__(self, probes: Sequence[Tensor]):
