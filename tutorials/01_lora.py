@@ -331,14 +331,15 @@ assert path[-1, 1] > 0.9
 # ## Where it went
 #
 # The images of task 1 have not changed and neither has the head. What the layers say to those
-# images has. `records["drift"]` of the run is how far: ‖y − y′‖ / ‖y′‖, y′ being the layer's output
-# just after the task was learned, as a mean over inputs and layers. `interference` is its mean over
-# old tasks. The picture shows the last layer's outputs for three digits of task 1, in the plane of
-# the three digits' class vectors.
+# images has. `records["drift"]` of the run is how far: ‖y − y′‖ / ‖u′‖, y′ being the layer's output
+# just after the task was learned and u′ the LoRA's part of it, each summed over inputs, and a mean
+# over layers. At 1, learning the next task has moved as much as learning this one had.
+# `interference` is its mean over old tasks. The picture shows the last layer's outputs for three
+# digits of task 1, in the plane of the three digits' class vectors.
 
 # %%
 drift = np.array(one.records["drift"])
-print(f"drift of the layers' outputs for task 1: {drift[2, 0]:.2f} of their length")
+print(f"drift of the layers' outputs for task 1: {drift[2, 0]:.2f} of what was learned")
 assert torch.equal(one_after_2.classes, backbone.classes)  # the head
 assert drift[1, 0] == 0  # just learned
 assert np.isclose(interference(one.records), drift[2, 0])

@@ -284,8 +284,9 @@ assert a[-1, 0] < learned[0] - 0.25  # the first task suffers
 # %% [markdown]
 # The run also has `records`, of the gates on fixed test images of each task. `records["mass"][i, j,
 # t]` is the share of weight that images of task j give to the expert of task t, after i tasks, as a
-# mean over layers. On the diagonal, experts serve the inputs that they were trained on. What is
-# right of it is intrusion: later experts that speak for older inputs.
+# mean over layers. On the diagonal, experts serve the inputs that they were trained on. Right of it
+# later experts have weight for older inputs. `records["said"]` has the shares of what is said, by
+# its length: weight on an expert that says nothing does no harm.
 
 # %%
 mass = np.array(run.records["mass"])  # (J + 1, J, J)
@@ -308,18 +309,19 @@ assert np.allclose(mass[-1].sum(-1), 1)
 assert mass[1, 0, 0] == 1  # one expert: all of it
 assert mass[-1, 0, 0] < 0.6  # four: most of it is gone
 assert all(mass[-1, j].argmax() == j for j in range(1, J))
-by_hand = np.mean([mass[-1, j, j + 1 :].sum() for j in range(J - 1)])
+said = np.array(run.records["said"])
+by_hand = np.mean([said[-1, j, j + 1 :].sum() for j in range(J - 1)])
 assert np.isclose(intrusion(run.records), by_hand)
 
 # %% [markdown]
 # `minimoe.continual.probe` makes numbers of it, each a mean over tasks:
 #
-# - **intrusion**: the share of weight that old inputs give to later experts;
-# - **instability**: of the ranks chosen for an old input, then or now, the share not chosen both
-#   times;
-# - **ambiguity**: how undecided the gate is, the entropy of its weights over that of equal ones;
-# - **interference**: how far the layers' outputs for old inputs have moved, relative to their
-#   length.
+# - **intrusion**: the share of what is said to old inputs that later experts say;
+# - **instability**: the share of what is said to an old input that other experts say than then;
+# - **ambiguity**: how undecided the gate is, from 0, one expert has all the weight, to 1, all that
+#   are kept have the same;
+# - **interference**: how far the layers' outputs for old inputs have moved, in units of how far
+#   learning had moved them.
 
 # %%
 for measure in (intrusion, instability, ambiguity, interference):

@@ -427,8 +427,9 @@ assert 0.15 < moved < 0.9
 # %% [markdown]
 # Trained keys answer to their task's inputs more than fresh ones do, and then growth moves little.
 # Below, a small network of three layers learns a task (digits with permuted pixels), grows, and
-# learns a second one; `Recorder` looks at the first task's inputs each time. Its drift is relative
-# to what a layer says in all, $W_0$ included.
+# learns a second one; `Recorder` looks at the first task's inputs each time. Its drift is how far a
+# layer's output has moved, in units of the update that the first task taught it; its turnover, the
+# share of what is said that other ranks say than before.
 
 # %%
 SEED, EPOCHS = 1, 6
@@ -469,7 +470,7 @@ fresh = recorder.records["mass"][3, 0, 1].item()  # of the ranks grown between l
 newcomers = recorder.records["mass"][2, 0, 1].item()
 names = ("learning it", "growth alone", "the next task")
 for name, d, t, a in zip(names, drift, turnover, (before, grown, after), strict=True):
-    print(f"after {name:14} drift {d:.3f}  ranks exchanged {t:.3f}  accuracy on task 1 {a:.3f}")
+    print(f"after {name:14} drift {d:.3f}  said by others {t:.3f}  accuracy on task 1 {a:.3f}")
 print(f"old inputs' weight on the fresh ranks: {newcomers:.4f}, once these are trained {fresh:.4f}")
 assert drift[0] == 0
 assert 0 < drift[1] < 0.1

@@ -23,6 +23,7 @@ nothing was said either; silence counts as one expert more.) Of all inputs n of 
 
     drift = Σ_n ‖y - y'‖ / Σ_n ‖u'‖               y the layer's output, u the update in it; a layer
                                                   where u' is 0 has no drift
+    learned = Σ_n ‖u'‖ / Σ_n ‖y'‖
 
 Of the weights, for an expert s that the last task added, ⟨ , ⟩ and ‖ ‖ being of all entries:
 
@@ -163,10 +164,10 @@ class Recorder:
 
     Every linear layer under a scheme is looked at; a model without any gives nothing but nan.
 
-    records: {"drift", "undecided", "turnover", "silent": (J + 1, J), "mass", "said": (J + 1, J, J),
-    the last axis the task of origin, "alike", "chance": (J + 1,)}, float64, nan where there is
-    nothing to say: before task j is learned, in a record that was `skip`ped, in the shares of a
-    task that added no ranks, and as the module says.
+    records: {"drift", "learned", "undecided", "turnover", "silent": (J + 1, J), "mass", "said":
+    (J + 1, J, J), the last axis the task of origin, "alike", "chance": (J + 1,)}, float64, nan
+    where there is nothing to say: before task j is learned, in a record that was `skip`ped, in the
+    shares of a task that added no ranks, and as the module says.
     """
 
     def __init__(self, probes: Sequence[Tensor]):
@@ -176,7 +177,7 @@ class Recorder:
         self.records = {
             name: torch.full((J + 1, *ends), math.nan, dtype=torch.float64)
             for name, ends in {
-                **dict.fromkeys(("drift", "undecided", "turnover", "silent"), (J,)),
+                **dict.fromkeys(("drift", "learned", "undecided", "turnover", "silent"), (J,)),
                 **dict.fromkeys(("mass", "said"), (J, J)),
                 **dict.fromkeys(("alike", "chance"), ()),
             }.items()
@@ -256,6 +257,9 @@ class Recorder:
         undecided = (1 / p.square().sum(-1) - 1) / max(k - 1, 1)
         numbers = {
             "drift": drift(then, now) if then else math.nan,
+            "learned": then.u.double().sum() / then.y.norm(dim=-1).double().sum()
+            if then
+            else math.nan,
             "turnover": turnover(then, now) if then else math.nan,
             "undecided": undecided.mean(),
             "silent": (now.p.sum(-1) == 0).double().mean(),
@@ -277,13 +281,15 @@ def _look(seen: dict[str, list[Seen]], name: str) -> Callable[..., None]:
 
 
 def interference(records: dict[str, Any]) -> float:
-    """Mean of drift[J, j] over the old tasks j < J - 1 that taught the layers something: how far
-    later learning has moved what layers say to old inputs, in units of how far learning the task
-    had moved it. 0 or more: 0 if nothing moved, 1 if as much was moved as was learned, √2 if an
-    update gave way to another as large that has nothing to do with it. nan where nothing was
-    learned (a learning rate of 0): read it beside metrics.plasticity, as who learns little has
-    little to move."""
-    return _mean_of_known(_array(records, "drift")[-1, :-1])
+    """Σ_j learned[J, j] drift[J, j] / Σ_j learned[J, j] over old tasks j < J - 1: how far later
+    learning has moved what layers say to old inputs, in units of how far learning had moved it. A
+    task counts by what it taught: one that the model knew before has little to lose. 0 or more: 0
+    if nothing moved, 1 if as much was moved as was learned, √2 if an update gave way to another as
+    large that has nothing to do with it. nan where nothing was learned (a learning rate of 0): read
+    it beside metrics.plasticity, as who learns little has little to move."""
+    moved, learned = (_array(records, name)[-1, :-1] for name in ("drift", "learned"))
+    known = ~np.isnan(moved)
+    return float(np.average(moved[known], weights=learned[known])) if known.any() else math.nan
 
 
 def intrusion(records: dict[str, Any]) -> float:

@@ -89,7 +89,7 @@ def carried(cell: Cell, classes: Mapping[str, type[Adapter]] = SCHEMES) -> dict[
     and:
 
     seen: after each task, mean accuracy on the tasks so far.
-    drift: after each task but the first, mean drift of the old ones' layer outputs (probe.py).
+    drift: after each task but the first, interference so far (probe.py).
     own: the share of the gate's weight that a task's inputs give to the ranks it has just added,
         mean over tasks after the first. chance: what it would be if all ranks weighed the same.
     back, anew: of what is said to inputs of the last task, the shares that the first task's ranks
@@ -117,7 +117,8 @@ def run_cell(
     label = f"{cell['row']}, seed {cell['seed']}"
     run = run_stream(make, backbone, stream, cell["seed"], cell["epochs"], name=label)
     J, a = cell["tasks"], np.array(run.matrix)  # (J + 1, J)
-    mass, said, drift = (np.array(run.records[name]) for name in ("mass", "said", "drift"))
+    mass, said = (np.array(run.records[name]) for name in ("mass", "said"))
+    known = {name: np.array(run.records[name]) for name in ("drift", "learned")}
     measured = {
         "acc": acc(a),
         "bwt": bwt(a),
@@ -132,7 +133,10 @@ def run_cell(
         "anew": float(said[J, J - 1, J - 1]),
         "again": float(a[J - 1, J - 1]),
         "seen": [float(a[t, :t].mean()) for t in range(1, J + 1)],
-        "drift": [float(drift[t, : t - 1].mean()) for t in range(2, J + 1)],
+        "drift": [
+            PROBLEMS["interference"]({name: array[: t + 1, :t] for name, array in known.items()})
+            for t in range(2, J + 1)
+        ],
     }
     return measured, learners[0].model, backbone
 

@@ -52,6 +52,7 @@ def test_a_recorder_by_hand():
     # rank 0 sees 3 and says u' = (0, 3): y' = (3, 7). Then it says .25 · (0, 3), and rank 1, which
     # sees 4, .75 · 4 · (1, 0): y = (6, 4.75), which is (3, -2.25), 3.75 long, from y'
     np.testing.assert_allclose(found["drift"], [[nan, nan], [0, nan], [3.75 / 3, 0]], atol=1e-7)
+    np.testing.assert_allclose(found["learned"][2, 0], 3 / 58**0.5)
     # 1 / (1/16 + 9/16) = 1.6 of two experts
     np.testing.assert_allclose(found["undecided"], [[nan, nan], [0, nan], [0.6, 0.6]], atol=1e-7)
     # rank 0 said all, now it says .75 of 3.75
@@ -403,6 +404,7 @@ def test_the_measures_by_hand():
     said[3] = [[0.5, 0.2, 0.3], [0.1, 0.5, 0.4], [0, 0, 1]]
     found = {
         "drift": old,
+        "learned": np.array([3.0, 1.0, 2.0]) * np.ones((4, 1)),
         "turnover": old,
         "undecided": [[nan] * 3, [0.9, nan, nan], [0.9, 0.9, nan], [0.2, 0.3, 0.7]],
         "alike": [nan, nan, 0.2, 0.6],
@@ -410,7 +412,7 @@ def test_the_measures_by_hand():
         "said": said,
     }
     want = {
-        "interference": (0.5 + 0.3) / 2,
+        "interference": (3 * 0.5 + 1 * 0.3) / 4,
         "intrusion": ((0.2 + 0.3) + 0.4) / 2,
         "redundancy": (0.2 + 0.6) / 2,
         "redundancy_chance": (0.1 + 0.3) / 2,

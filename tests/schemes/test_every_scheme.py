@@ -23,7 +23,8 @@ from oracle import gradient
 from torch import nn
 
 from minimoe import LoRA
-from minimoe.adapt import context, count, load, save, state
+from minimoe.adapt import adapters, context, count, load, save, state
+from minimoe.continual.probe import dense_gate
 from minimoe.roster import ROSTER, SCHEMES
 
 # every scheme of the roster, and its variants, "flylora signed"
@@ -185,6 +186,22 @@ def test_counts_are_the_docstrings_formulas(case, tasks):
     counts = count(net)
     assert counts["stored"] == sum(tests.STORED(*DO, R, r, E) for DO in ((6, 9), (9, 6)))
     assert counts["read"] == sum(tests.ACTIVE(*DO, R, r, E, k) for DO in ((6, 9), (9, 6)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_those_who_speak_are_counted(case):
+    """Of 40 tokens, the most ranks that one gives a weight; MoCLE's universal expert beside them,
+    and MoSLD's keys once for all."""
+    net = network(case, tasks=3).eval()
+    layer, x = net.fc1, torch.randn(40, 6, dtype=net.fc1.B.dtype)
+    if hasattr(layer, "delta"):
+        layer.delta = -1.0  # none is silent
+    with context(net, **context_of(layer, 40)):
+        K = int((dense_gate(layer, x) != 0).sum(-1).max())
+    D, O, r = 6, 9, layer.rank
+    special = {"mocle": (K + r) * (D + O), "mosld": r * D + K * O}
+    assert layer.speaking() == special.get(case.partition(" ")[0], K * (D + O))
+    assert count(net)["speaking"] == sum(adapter.speaking() for _, adapter in adapters(net))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
