@@ -227,9 +227,9 @@ def run_list(args: argparse.Namespace) -> int:
     ):
         print(head)
         for name, text in words.items():
-            line = f"  {name:16}{text}"
+            line = f"  {name:19}{text}"
             width = console.width() or len(line)
-            print(textwrap.fill(line, width, subsequent_indent=" " * 18))
+            print(textwrap.fill(line, width, subsequent_indent=" " * 21))
     return 0
 
 

@@ -48,10 +48,10 @@ plt.rcParams["figure.constrained_layout.use"] = True
 # %%
 kinds = {name: entry.kind for name, entry in ROSTER.items()}
 for name, entry in ROSTER.items():
-    print(f"{name:16}{entry.kind}: {entry.summary}")
+    print(f"{name:19}{entry.kind}: {entry.summary}")
 print()
 for name in streams.STREAMS:
-    print(f"{name:16}{streams.shows(name)}")
+    print(f"{name:19}{streams.shows(name)}")
 
 assert set(kinds.values()) == {"scheme", "atlas", "baseline", "privileged"}
 assert Counter(kinds.values())["scheme"] == 3
