@@ -263,19 +263,17 @@ def test_what_growth_and_silence_say():
     assert silent["base_acc"] > 0.95
 
 
-@pytest.mark.parametrize("T", [4, 20])
-def test_the_arms_of_routing_are_as_equal_as_they_say(T):
+def test_the_arms_of_routing_are_as_equal_as_they_say():
     counts = {}
-    for arm, rest in routing.arms(T).items():
+    for arm, rest in routing.arms().items():
         model = adapt(Backbone(), CLASSES[rest["scheme"]], targets=r"fc\d", **rest["settings"])
-        for _ in range(T - 1):
+        for _ in range(19):
             grow(model)
         counts[arm] = count(model)
     own = counts[routing.SELF]
-    assert counts[routing.RANKS_STORED]["stored"] == own["stored"]
-    assert counts[routing.LORAS_STORED]["stored"] == pytest.approx(own["stored"], rel=0.06)
-    assert counts[routing.RANKS_READ]["read"] == pytest.approx(own["read"], rel=0.03)
-    assert counts[routing.LORAS_READ]["read"] == pytest.approx(own["read"], rel=0.12)
+    for arm, counted in counts.items():
+        assert counted["stored"] == pytest.approx(own["stored"], rel=0.06), arm
+        assert counted["speaking"] == 640 * int(arm.split(", ")[1].split()[0]), arm
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -321,7 +319,7 @@ def test_the_words_of_a_finding_follow_the_numbers(name):
     differing = [
         up.verdict != down.verdict for up, down in zip(rising.claims, falling.claims, strict=True)
     ]
-    assert any(differing) or name == "atlas"  # which bears on none of the paper's claims
+    assert any(differing) or name in ("atlas", "memory")  # which bear on none of the paper's claims
     assert rising.core_minutes == len(cells)
     page = findings([rising])
     assert rising.command == command(name, [0, 1, 2], False) and rising.command in page
