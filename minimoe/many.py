@@ -97,6 +97,9 @@ class Many(Adapter):
     def active(self) -> int:
         return 0  # none of them is the model's
 
+    def speaking(self) -> int:
+        return 0
+
     def grow(self) -> None:
         raise RuntimeError(f"{self.where} is for use only")
 
