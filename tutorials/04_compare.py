@@ -66,7 +66,7 @@ for name, scheme in SCHEMES.items():
     layer = scheme(nn.Linear(64, 64), rank=8)
     print(f"{name:16}{scheme.__name__:15}{count(layer)['stored']:6,} numbers")
 
-assert list(SCHEMES) == [name for name, kind in kinds.items() if kind in ("scheme", "atlas")]
+assert set(SCHEMES) < {name for name, kind in kinds.items() if kind in ("scheme", "atlas")}
 
 # %% [markdown]
 # ## The accuracy matrix
@@ -340,7 +340,7 @@ for axes, stream in zip(grid, STREAMS, strict=True):
         colour, marker = styles[kinds[name]]
         axes.plot(values[name][stream], [y] * 5, "|", color=colour, ms=9, alpha=0.8)
         axes.plot(means[name][stream], y, marker, color=colour, ms=6)
-    axes.axvline(means["class_mean"][stream], color=styles["baseline"][0], lw=1, ls=":")
+    axes.axvline(means["own_ridge"][stream], color=styles["baseline"][0], lw=1, ls=":")
     axes.set(xlabel="final accuracy, ACC", xlim=(0, 1))
     axes.set_title(stream, fontsize=10)
     axes.set_yticks(range(len(values)), list(values))
@@ -352,7 +352,7 @@ handles = [
 ]
 figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
 title = (
-    "Marks: means; ticks: the five seeds. On split-digits the class mean (dotted) beats all schemes"
+    "Marks: means; ticks: the five seeds. Each task's own ridge (dotted) beats all trained gates"
 )
 figure.suptitle(title, fontsize=10)
 plt.show()
@@ -360,35 +360,38 @@ plt.show()
 # %% [markdown]
 # ### First question: what does no training reach?
 #
-# `class_mean` stores, for each digit, the mean of the frozen backbone's features, and answers with
-# the nearest. It trains nothing. On split-digits, where each task shows two new classes and none
-# of the others, it beats every scheme there is in this package, by far. Said of a learner that
-# reaches .45 there, "twice as good as LoRA" is true, and hides that.
+# `own_ridge` solves a ridge regression for each task, from 200 random features of the pixels, and
+# answers an image by the task whose mean image is nearest. It takes no step of training and needs
+# no network; it stores 10,320 numbers, where MoRA stores 25,600 and a backbone beside. On all four
+# streams it beats every gate that is trained, in each of the seeds. Said of a learner that reaches
+# .45 on split-digits, "twice as good as LoRA" is true, and hides that. (There one ridge for all
+# tasks does better still.)
+#
+# Why is it so easy? In these streams a task moves all of its images, so a mean names the task. LoRAs
+# that are trained alone and then chosen by the nearest mean of a layer's inputs (`alone`) show the
+# same: no gate was trained, and no trained gate comes near.
 #
 # ### Second question: what could be reached?
 #
 # On permuted-digits MoRA is within .02 of joint training: hardly anything is left to gain. On
-# rotated-digits it is as clearly first among the three schemes, and .2 or more below joint.
+# rotated-digits it is the first of the trained gates, and .2 or more below joint.
 
 # %%
-contenders = [name for name, kind in kinds.items() if kind in ("scheme", "atlas")]
+contenders = [name for name in SCHEMES if name != "alone"]  # schemes that train with their gate
 best = {s: max(contenders, key=lambda name, s=s: means[name][s]) for s in STREAMS}
-print(f"{'':16}{'best scheme':>20}{'class_mean':>12}{'joint':>8}{'oracle':>8}")
+beside = ("alone", "own_ridge", "ridge", "joint", "oracle")
+print(f"{'':16}{'best trained':>20}" + "".join(f"{name:>11}" for name in beside))
 for s in STREAMS:
-    told = "".join(f"{means[name][s]:8.3f}" for name in ("joint", "oracle"))
-    print(f"{s:16}{best[s]:>14}{means[best[s]][s]:6.3f}{means['class_mean'][s]:12.3f}{told}")
+    others = "".join(f"{means[name][s]:11.3f}" for name in beside)
+    print(f"{s:16}{best[s]:>14}{means[best[s]][s]:6.3f}{others}")
 
 split = {name: means[name]["split-digits"] for name in means}
-assert 2 * split["lora"] < 0.45 < split["class_mean"]
-assert all(split["class_mean"] > split[name] + 0.2 for name in contenders)
-assert all(  # and in each of the seeds
-    mean > scheme
-    for name in contenders
-    for mean, scheme in zip(
-        values["class_mean"]["split-digits"], values[name]["split-digits"], strict=True
-    )
-)
-assert best["permuted-digits"] == "mora"
+assert 2 * split["lora"] < 0.45 < split["own_ridge"] < split["ridge"]
+for s in STREAMS:  # in each of the seeds
+    for name in contenders:
+        assert all(np.array(values["own_ridge"][s]) > np.array(values[name][s])), (name, s)
+    assert means["alone"][s] > means[best[s]][s]
+assert best["permuted-digits"] == best["rotated-digits"] == "mora"
 assert means["joint"]["permuted-digits"] - means["mora"]["permuted-digits"] < 0.02
 assert means["joint"]["rotated-digits"] - means["mora"]["rotated-digits"] > 0.2
 
@@ -470,7 +473,7 @@ assert compared("mora", "mor1e", "rotated-digits").verdict == "supported"
 small, large = (compared(name, "lora_moe", "split-digits") for name in ("head_only", "mora"))
 assert 0 < small.effect < large.effect
 assert small.verdict == "supported" and large.verdict == "inconclusive"
-# first by its mean, and not told from the second
+# first of its kind by its mean, and not told from the second
 assert best["rotated-digits"] == "mora"
 assert compared("mora", "ewc", "rotated-digits").verdict == "inconclusive"
 # a head of 640 trained weights is not told from MoRA where classes come two by two

@@ -51,6 +51,11 @@ def by_size(model: Any, stream: Any, **settings: Any) -> Learner:
     return AdapterLearner(model, Factored, score="size", top_k=8, **settings)
 
 
+def of_blocks(model: Any, stream: Any, **settings: Any) -> Learner:
+    """MoRA without delta, of whole LoRAs: a task's block is one expert, and scores ‖z_e‖ / ‖z‖."""
+    return AdapterLearner(model, Factored, grain="block", top_k=2, **settings)
+
+
 def replay(model: Any, stream: Any, keep: int) -> Learner:
     return Replay(model, keep=keep, rank=8)
 
@@ -61,6 +66,7 @@ METHODS: dict[str, Method] = {
     "lora_moe": Method(of("lora_moe"), "rank", (2, 8)),
     "mora": Method(of("mora", delta=-1.0), "rank", RANKS),
     "mora by size": Method(by_size, "rank", RANKS),
+    "mora of blocks": Method(of_blocks, "rank", RANKS),
     "mora_detached": Method(of("mora_detached", delta=-1.0), "rank", (2, 8)),
     "alone": Method(of("alone"), "rank", (2, 8)),
     "replay": Method(replay, "keep", (20, 80)),
@@ -116,7 +122,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 # What the numbers say
 
-SELF = ("mora", "mora by size", "mora_detached")
+SELF = ("mora", "mora by size", "mora of blocks", "mora_detached")
 PRIVILEGED = ("oracle", "joint")
 
 
