@@ -162,7 +162,7 @@ def test_stored_results_are_drawn_and_printed_again(small, tmp_path, capsys):
         assert capsys.readouterr().out.startswith(start)
 
 
-@pytest.mark.parametrize("name", ["findings/grain", "findings/atlas", "results/bench-cpu"])
+@pytest.mark.parametrize("name", ["findings/silence", "findings/atlas", "results/bench-cpu"])
 def test_every_kind_of_result_is_drawn_and_printed_again(name, tmp_path, capsys):
     path = Path(__file__).parent.parent / "tutorials" / f"{name}.json"
     assert main(["plot", str(path), "--out", str(tmp_path)]) == 0

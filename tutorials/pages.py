@@ -14,7 +14,7 @@ from minimoe.bench import page as bench_page
 from minimoe.bench import read as read_bench
 from minimoe.continual.backbones import Backbone
 from minimoe.roster import names
-from minimoe.studies import STUDIES
+from minimoe.studies import STUDIES, stored
 from minimoe.tools.files import write_atomic
 from minimoe.tools.results import CompareResult, StudyResult
 from minimoe.tools.tables import compare_page, findings, short
@@ -29,8 +29,9 @@ BENCH = "minimoe bench --repeats 7"
 
 
 def study_results() -> list[StudyResult]:
-    folder = HERE / "findings"
-    return [StudyResult.read(folder / f"{name}.json") for name in STUDIES]
+    """Those that are stored, in the order of STUDIES."""
+    found = [stored(HERE / "findings", name) for name in STUDIES]
+    return [result for result in found if result is not None]
 
 
 def pages() -> dict[Path, str]:

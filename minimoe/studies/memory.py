@@ -60,20 +60,20 @@ def replay(model: Any, stream: Any, keep: int) -> Learner:
     return Replay(model, keep=keep, rank=8)
 
 
-RANKS = (2, 4, 8, 16)
+RANKS = (2, 8)
 METHODS: dict[str, Method] = {
     "lora": Method(of("lora"), "rank", (8,)),
-    "lora_moe": Method(of("lora_moe"), "rank", (2, 8)),
+    "lora_moe": Method(of("lora_moe"), "rank", RANKS),
     "mora": Method(of("mora", delta=-1.0), "rank", RANKS),
     "mora by size": Method(by_size, "rank", RANKS),
     "mora of blocks": Method(of_blocks, "rank", RANKS),
-    "mora_detached": Method(of("mora_detached", delta=-1.0), "rank", (2, 8)),
-    "alone": Method(of("alone"), "rank", (2, 8)),
+    "mora_detached": Method(of("mora_detached", delta=-1.0), "rank", (8,)),
+    "alone": Method(of("alone"), "rank", RANKS),
     "replay": Method(replay, "keep", (20, 80)),
     "ridge": Method(Ridge, "M", (50, 150, 300, 1000), frozen=False),
     "own_ridge": Method(OwnRidge, "M", (0, 50, 200, 400), frozen=False),
     "own_subspace": Method(OwnSubspace, "m", (2, 4, 8, 16), frozen=False),
-    "oracle": Method(of("oracle"), "rank", (2, 8)),
+    "oracle": Method(of("oracle"), "rank", (8,)),
     "joint": Method(of("joint"), "rank", (8,)),
 }
 

@@ -154,13 +154,13 @@ def test_code_that_is_edited_while_a_study_runs_is_no_result(tmp_path, monkeypat
     [
         (b"{}", "atlas.json: not written by minimoe"),
         (b"\xff", "atlas.json: truncated, or no JSON"),
-        ("growth", "atlas.json: holds the study growth; minimoe study atlas writes it"),
+        ("why", "atlas.json: holds the study why; minimoe study atlas writes it"),
     ],
 )
 def test_a_damaged_page_of_another_study_is_named_before_anything_runs(odd, message, tmp_path):
     path = tmp_path / "atlas.json"
-    if odd == "growth":
-        odd = (FINDINGS / "growth.json").read_bytes()
+    if odd == "why":
+        odd = (FINDINGS / "why.json").read_bytes()
     path.write_bytes(odd)
     with pytest.raises(ValueError, match=message):
         run_study("grain", tmp_path, quick=True)

@@ -82,11 +82,11 @@ def test_an_old_encoding_loses_no_result(encoding, tmp_path):
     assert b"Error" not in done.stderr
 
 
-KNOBS = Path(__file__).parent.parent.parent / "tutorials" / "findings" / "knobs.json"
+WIDE = Path(__file__).parent.parent.parent / "tutorials" / "findings" / "why.json"
 
 
 @posix
-@pytest.mark.parametrize("words", [["list"], ["table", KNOBS, "--format", "csv"]])
+@pytest.mark.parametrize("words", [["list"], ["table", WIDE, "--format", "csv"]])
 def test_nobody_reads_what_is_printed(words, tmp_path):
     process = subprocess.Popen(
         [*COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -97,7 +97,7 @@ def test_nobody_reads_what_is_printed(words, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
-@pytest.mark.parametrize("words", [["list"], ["table", KNOBS, "--format", "csv"]])
+@pytest.mark.parametrize("words", [["list"], ["table", WIDE, "--format", "csv"]])
 def test_what_cannot_be_printed_is_one_line(words, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
