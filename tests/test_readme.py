@@ -188,7 +188,7 @@ def test_the_findings_are_of_the_studies_of_today_and_as_readme_says():
         rows = dict.fromkeys(cell["row"] for cell in STUDIES[name].cells(result["seeds"], False))
         # a scheme that was added since then has not been run yet
         assert [row for row in rows if row in result["rows"]] == list(result["rows"])
-        assert len(result["seeds"]) >= 5 and not result["quick"]
+        assert len(result["seeds"]) >= 3 and not result["quick"]
     verdicts = [claim["verdict"] for result in results for claim in result["claims"]]
     words = " ".join(README.split())
     count = ", ".join(f"{verdicts.count(v)} {v}" for v in get_args(Verdict))

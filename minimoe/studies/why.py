@@ -12,9 +12,10 @@ has one of them changed.
     g = w for the ranks of the expert    grain    rank: each rank is one; block: a task's ranks are
     no gradient through w                detach
 
-MoRA is self, rank, norm; LoRA-MoE is linear, block, no norm, tau 1. By default 8 ranks speak in
-every arm, so that it differs in who speaks and not in how many do. A router's rows are stored
-besides; the arms "= stored" have fewer ranks, so that they store what MoRA does.
+MoRA is self, rank, norm; LoRA-MoE is linear, block, no norm, tau 1. A task has 8 ranks, and 16
+speak in every arm that does not say otherwise: the arms differ in who speaks and not in how many.
+A router's rows are stored besides; the arms "= stored" have fewer ranks, so that they store what
+MoRA does. Weights sum to 1 over ranks, and to 1 over blocks of 8: hence the arm "scale 8".
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ RANK, SPEAK = 8, 16
 BLOCKS: Mapping[str, Any] = {"grain": "block", "top_k": SPEAK // RANK}
 ROUTED = {"score": "linear", "norm": False, "tau": 1.0}
 USUAL, MOE = "mora", "lora_moe"
-# each arm: what it has other than MoRA, and what that says of MoRA
+# each arm: what it has other than MoRA
 ARMS: dict[str, Mapping[str, Any]] = {
     USUAL: {},
     "score by size": {"score": "size"},

@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -197,13 +198,15 @@ def plot_study(result: StudyResult, path: Path) -> None:
     else:
         for axes in grid[: len(panels)]:
             axes.legend(fontsize=8)
-    figure.suptitle(_question(result))
+    figure.suptitle(_question(result, figure))
     _write(figure, path)
 
 
-def _question(result: StudyResult) -> str:
+def _question(result: StudyResult, figure: Figure) -> str:
+    """In as many lines as the figure's width makes it."""
     seeds = ", ".join(map(str, result.seeds))
-    return f"{result.study}: {result.asks} Seeds {seeds}"
+    question = f"{result.study}: {result.asks} Seeds {seeds}"
+    return textwrap.fill(question, round(11 * figure.get_figwidth()))
 
 
 def _plot_points(result: StudyResult, path: Path) -> None:
@@ -232,7 +235,7 @@ def _plot_points(result: StudyResult, path: Path) -> None:
     figure.legend(
         *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
     )
-    figure.suptitle(_question(result))
+    figure.suptitle(_question(result, figure))
     _write(figure, path)
 
 
