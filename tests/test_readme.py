@@ -130,7 +130,7 @@ def test_what_readme_says_of_the_two_streams_that_decide_more():
         ("MoRA", why, "subspaces, mora"),
         ("with |s| for s", why, "subspaces, score by size"),
         ("score themselves by ‖z‖", why, "subspaces, blocks"),
-        ("a subspace for each task", memory, "subspaces, own_subspace, m 8"),
+        ("a subspace for each task gives", memory, "subspaces, own_subspace, m 8"),
         ("at MoRA's memory,", memory, "subspaces, own_subspace, m 16"),
         ("MoRA", why, "clusters, mora"),
         ("with a detached gate", why, "clusters, detached gate"),
@@ -155,8 +155,8 @@ def test_what_the_planted_page_shows():
     assert min(first) > 0.94 and forgotten("lora_moe") > 0.1 > 0.01 > forgotten("mora")
     assert forgotten("lora_grown") > 0.05
     for scheme in result["schemes"].values():
-        limit = scheme["reachable"]
-        assert not limit["limit"] or scheme["acc"]["mean"] <= limit["mean"] + 1e-6
+        limit = scheme.get("reachable")  # of a closed form none is known
+        assert not limit or not limit["limit"] or scheme["acc"]["mean"] <= limit["mean"] + 1e-6
 
 
 def test_the_unseen_seeds_are_the_stored_result():

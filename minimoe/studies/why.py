@@ -147,7 +147,7 @@ def streams_of(rows: Rows) -> list[str]:
     return [stream for stream in TASKS if f"{stream}, {USUAL}" in rows]
 
 
-def compared(rows: Rows, stream: str, more: str, less: str, measure: str = "acc") -> Comparison:
+def against(rows: Rows, stream: str, more: str, less: str, measure: str = "acc") -> Comparison:
     """One arm against another on a stream."""
     label = f"{stream}: {'ACC' if measure == 'acc' else measure}, {more} - {less}"
     ours, theirs = (rows[f"{stream}, {arm}"][measure] for arm in (more, less))
@@ -159,7 +159,7 @@ def panels(rows: Rows) -> list[Panel]:
     for stream in streams_of(rows):
         lines = []
         for arm in ARMS:
-            effect = compared(rows, stream, arm, USUAL)
+            effect = against(rows, stream, arm, USUAL)
             low, high = effect.interval
             lines.append(Line(arm, [effect.effect], [(high - low) / 2]))
         made.append(
@@ -190,7 +190,7 @@ def finding(rows: Rows) -> str:
     """For each stream the arms that are told from mora, by at least what matters."""
     parts = []
     for stream in streams_of(rows):
-        effects = {arm: compared(rows, stream, arm, USUAL) for arm in ARMS if arm != USUAL}
+        effects = {arm: against(rows, stream, arm, USUAL) for arm in ARMS if arm != USUAL}
         told = [a for a in effects if told_apart(effects[a])]
         told.sort(key=lambda arm: effects[arm].effect, reverse=True)
         each = ", ".join(f"{arm} {effects[arm].effect:+.3f}" for arm in told)
@@ -201,7 +201,7 @@ def finding(rows: Rows) -> str:
 
 def claims(rows: Rows) -> list[Claim]:
     def on_all(more: str, less: str, measure: str = "acc") -> list[Comparison]:
-        return [compared(rows, stream, more, less, measure) for stream in streams_of(rows)]
+        return [against(rows, stream, more, less, measure) for stream in streams_of(rows)]
 
     return [
         Claim(
