@@ -376,9 +376,9 @@ plt.show()
 # .45 on split-digits, "twice as good as LoRA" is true, and hides that. (There one ridge for all
 # tasks does better still.)
 #
-# Why is it so easy? In these streams a task moves all of its images, so a mean names the task. LoRAs
-# that are trained alone and then chosen by the nearest mean of a layer's inputs (`alone`) show the
-# same: no gate was trained, and no trained gate comes near.
+# Why is it so easy? In these streams a task moves all of its images, so a mean names the task.
+# LoRAs trained alone and then chosen by the nearest mean of a layer's inputs (`alone`) show
+# the same: no gate was trained, and no trained gate comes near.
 #
 # ### Second question: what could be reached?
 #

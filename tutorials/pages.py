@@ -57,7 +57,7 @@ def with_table(text: str) -> str:
 
 
 def accuracies() -> str:
-    """All but the atlas that live in its backbone, by findings/atlas.json, and but those that others
+    """All but the atlas that live in its backbone, by findings/atlas.json, without some that others
     stand for; a dash where the study has not run yet."""
     atlas = StudyResult.read(HERE / "findings" / "atlas.json")
     streams = [name.removeprefix("acc ") for name in atlas.columns if name.startswith("acc ")]
