@@ -177,6 +177,8 @@ def plot_study(result: StudyResult, path: Path) -> None:
         for i, line in enumerate(panel.lines):
             mean, std = np.array(line.mean, dtype=float), np.array(line.std, dtype=float)
             style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            if i >= len(COLOURS):  # a second round: dashed and hollow
+                style |= {"ls": "--", "mfc": "white"}
             at = x if line.x is None else np.array(line.x)
             axes.plot(at, mean, label=line.label, markersize=4, lw=1.6, **style)
             axes.fill_between(at, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
