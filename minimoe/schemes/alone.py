@@ -57,8 +57,10 @@ class Alone(Adapter):
         return self.gate_blocks(x, e.unsqueeze(-1), x.new_ones(*x.shape[:-1], 1))
 
     def active(self) -> int:
-        D, O = self.in_features, self.out_features
-        return self.block * (D + O) + (0 if self.training else self.n_experts * D)
+        return self.speaking() + (0 if self.training else self.n_experts * self.in_features)
+
+    def speaking(self) -> int:
+        return self.block * (self.in_features + self.out_features)
 
     def fresh(self) -> dict[str, Tensor]:
         return super().fresh() | {"mean": self.empty(1, self.in_features).zero_()}
