@@ -12,14 +12,19 @@ from torch import nn
 from minimoe.continual import closed, data, streams
 from minimoe.continual.backbones import Backbone
 from minimoe.continual.checkpoints import Checkpoints
-from minimoe.continual.closed import LDA, OwnRidge, Ridge
+from minimoe.continual.closed import LDA, OwnRidge, OwnSubspace, Ridge
 from minimoe.continual.learn import pretrain, run_stream
 from minimoe.continual.linear import Linear
 from minimoe.continual.stream import IGNORED, Stream, Task
 from minimoe.roster import ROSTER, names
 
-FORMS = {"ridge": partial(Ridge, M=9), "own_ridge": partial(OwnRidge, M=9), "lda": LDA}
-NAMES = [*FORMS, *(f"{name}_features" for name in FORMS)]
+FORMS = {
+    "ridge": partial(Ridge, M=9),
+    "own_ridge": partial(OwnRidge, M=9),
+    "own_subspace": partial(OwnSubspace, m=2),
+    "lda": LDA,
+}
+NAMES = [*FORMS, *(f"{name}_features" for name in FORMS if name != "own_subspace")]
 
 
 def seeded(seed=0):
@@ -118,6 +123,39 @@ def test_own_ridge_is_the_loop_written_out(real):
     assert chosen == {0, 1, 2}
 
 
+@pytest.mark.parametrize("real", [False, True])
+def test_own_subspace_is_the_loop_written_out(real):
+    """Directions by a singular value decomposition, each known but for its sign, which W shares."""
+    stream = small(real)
+    learner = learned("own_subspace", stream)
+    U, W = [], []
+    for task in stream.tasks:
+        u = np.array([read(learner, x) for x in task.x_train])
+        U.append(np.linalg.svd(u)[2][:2])  # (m, D)
+        y = task.y_train.double().numpy() if real else np.eye(4)[task.y_train.numpy()]
+        pairs = [(U[-1] @ a, b) for a, b in zip(u, y, strict=True)]
+        W.append(solved(pairs, 2, y.shape[1]))
+    chosen = set()
+    for task in stream.tasks:
+        got = learner.predict(task.x_test, 0)
+        for x, answer in zip(task.x_test, got, strict=True):
+            u = read(learner, x)
+            t = max(range(3), key=lambda t: sum((U[t] @ u) ** 2))
+            chosen.add(t)
+            np.testing.assert_allclose(answer.numpy(), (U[t] @ u) @ W[t], atol=1e-5)
+    assert len(chosen) > 1
+
+
+def test_own_subspace_is_what_algebra_says_of_tasks_without_a_mean():
+    stream = streams.make("subspaces", 8, seed=2)
+    learner = ROSTER["own_subspace"].make(stream.model(stream), stream)
+    for t in range(8):
+        learner.learn(stream, t, None)
+    said = stream.reachable(None, stream, {})["own map, by energy in its subspace"]
+    assert sum(learner.row(stream, 8)) / 8 == pytest.approx(said, abs=1e-3)
+    assert learner.count()["stored"] == 8 * 16 * (64 + 32)
+
+
 def test_lda_is_the_loop_written_out():
     stream = small()
     learner = learned("lda", stream)
@@ -178,6 +216,9 @@ def weights(learner):
     """What it has solved for, and the means in an order of their own."""
     if isinstance(learner, Ridge):
         return [closed.ridge(learner.G, learner.C)]
+    if isinstance(learner, OwnSubspace):  # without the directions' signs
+        every = [learner.U @ learner.U.mT, learner.U @ learner.W]
+        return [each[every[0][:, 0, 0].argsort()] for each in every]
     order = learner.means[:, 0].argsort()
     if isinstance(learner, OwnRidge):
         return [learner.means[order], learner.W[order]]
@@ -227,7 +268,7 @@ def test_a_state_loads_into_a_learner_of_another_seed(name):
     )
 
 
-@pytest.mark.parametrize("name", ["ridge", "own_ridge", "lda"])
+@pytest.mark.parametrize("name", FORMS)
 def test_a_state_is_a_copy(name):
     stream = small()
     learner = learned(name, stream, [0])
@@ -244,6 +285,7 @@ def test_a_state_is_a_copy(name):
     [
         ("ridge", 300 * 301 // 2 + 3000, 300 * 301 // 2 + 3000),
         ("own_ridge", 5 * (64 + 2000), 5 * (64 + 2000)),
+        ("own_subspace", 5 * 16 * (64 + 10), 5 * 16 * (64 + 10)),
         ("lda", 64 * 65 // 2 + 50 * 64, 64 * 65 // 2 + 10 * 64),
         ("ridge_features", 200 * 201 // 2 + 2000, 200 * 201 // 2 + 2000),
         ("own_ridge_features", 5 * (64 + 2000), 5 * (64 + 2000)),
@@ -259,7 +301,7 @@ def test_stored_is_what_must_be_kept_to_go_on(name, permuted, split):
         assert learner.count()["stored"] == stored
 
 
-@pytest.mark.parametrize("name", ["ridge", "own_ridge", "lda_features"])
+@pytest.mark.parametrize("name", ["ridge", "own_ridge", "own_subspace", "lda_features"])
 def test_a_run_repeats_and_goes_on_to_the_same_bits(name, tmp_path):
     stream = streams.make("split-digits", 3, seed=1)
     backbone = pretrain(streams.Stream("split", stream.tasks), seed=1)
