@@ -63,7 +63,7 @@ def test_a_table_fits_a_terminal_and_is_whole_in_a_file(tmp_path):
     assert process.wait() == 0
     lines = shown.decode().splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.startswith("mora ") for line in lines) == 3  # two parts, and the problems
+    assert sum(line.startswith("mora ") for line in lines) == 4  # both tables in two parts
     page = (tmp_path / "run" / "compare.md").read_text().splitlines()
     assert sum(line.startswith("mora ") for line in page) == 2
     assert max(len(line) for line in page if line.startswith("mora ")) > 80
