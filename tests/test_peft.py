@@ -730,46 +730,47 @@ def outputs(model):
         return model(input_ids=torch.randint(0, 50, (3, 8))).logits
 
 
-CLOSE = 1e-5  # scale is a power of 2: equal but for the order of sums, which processors choose
+EXACT = 0.0  # scale is a power of 2
+ORDER = 5e-6  # and so it is with these odd sizes, but for the order in which a processor sums
 KINDS = {
     # what it is: (model, LoraConfig's arguments, error allowed or the line that refuses it)
-    "plain": (llama, {"target_modules": ["q_proj", "v_proj"]}, CLOSE),
-    "alpha": (llama, {"lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}, CLOSE),
+    "plain": (llama, {"target_modules": ["q_proj", "v_proj"]}, EXACT),
+    "alpha": (llama, {"lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}, EXACT),
     "alpha / r no power of 2": (llama, {"lora_alpha": 12, "target_modules": ["q_proj"]}, 1e-6),
-    "dropout": (llama, {"lora_dropout": 0.1, "target_modules": ["q_proj"]}, CLOSE),
+    "dropout": (llama, {"lora_dropout": 0.1, "target_modules": ["q_proj"]}, EXACT),
     "rank_pattern": (
         llama,
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {r"layers\.1\..*q_proj": 2}},
-        CLOSE,
+        EXACT,
     ),
     "alpha_pattern": (
         llama,
         {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 4, "1.*q_proj": 64}},
-        CLOSE,
+        EXACT,
     ),
-    "rslora": (llama, {"use_rslora": True, "r": 16, "target_modules": ["q_proj"]}, CLOSE),
+    "rslora": (llama, {"use_rslora": True, "r": 16, "target_modules": ["q_proj"]}, EXACT),
     "rslora, r 8": (llama, {"use_rslora": True, "target_modules": ["q_proj"]}, 1e-6),
-    "regex": (llama, {"target_modules": r".*layers\.1\.(self_attn|mlp)\.(q|up)_proj"}, CLOSE),
-    "all-linear": (llama, {"target_modules": "all-linear"}, CLOSE),
+    "regex": (llama, {"target_modules": r".*layers\.1\.(self_attn|mlp)\.(q|up)_proj"}, EXACT),
+    "all-linear": (llama, {"target_modules": "all-linear"}, EXACT),
     "exclude_modules": (
         llama,
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0.*"},
-        CLOSE,
+        EXACT,
     ),
     "modules_to_save": (
         llama,
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
-        CLOSE,
+        EXACT,
     ),
-    "a head by task type": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}, CLOSE),
-    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, CLOSE),
+    "a head by task type": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}, EXACT),
+    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, EXACT),
     "a module of one's own": (
         plain,
         {"r": 4, "target_modules": ["q", "v"], "modules_to_save": ["head"]},
-        CLOSE,
+        ORDER,
     ),
-    "gaussian": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}, CLOSE),
-    "orthogonal": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, CLOSE),
+    "gaussian": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}, EXACT),
+    "orthogonal": (llama, {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, EXACT),
     "dora": (llama, {"target_modules": ["q_proj"], "use_dora": True}, "use_dora is true"),
     "lora_bias": (plain, {"target_modules": ["q"], "lora_bias": True}, "lora_bias is true"),
     "bias all": (bert, {"target_modules": ["query"], "bias": "all"}, "bias: Input should be"),
@@ -858,7 +859,7 @@ def test_several_adapters_of_the_real_peft(tmp_path, peft):
     fill(theirs).save_pretrained(tmp_path)
     for name, folder in {"default": tmp_path, "other": tmp_path / "other"}.items():
         theirs.set_adapter(name)
-        near = {"rtol": 0, "atol": CLOSE}
+        near = {"rtol": 0, "atol": ORDER}
         torch.testing.assert_close(outputs(load_peft(plain(), folder)), outputs(theirs), **near)
         one = load_peft(plain(), folder, LoRAMoE).eval()  # one expert has weight 1
         torch.testing.assert_close(outputs(one), outputs(theirs), **near)
