@@ -100,7 +100,7 @@ def stored_atlas():
 
 
 def test_what_readme_concludes_from_the_numbers():
-    """Ten lines of closed form are above every trained gate, on all four streams and each seed."""
+    """A closed form is above every trained gate, on all four streams and each seed."""
     rows = stored_atlas()["rows"]
     trained = [name for name in SCHEMES if name in rows and name != "alone"]
     assert {"lora_moe", "mora", "smora", "mor1e", "meteora"} <= set(trained)
@@ -188,7 +188,8 @@ def test_the_findings_are_of_the_studies_of_today_and_as_readme_says():
         rows = dict.fromkeys(cell["row"] for cell in STUDIES[name].cells(result["seeds"], False))
         # a scheme that was added since then has not been run yet
         assert [row for row in rows if row in result["rows"]] == list(result["rows"])
-        assert len(result["seeds"]) >= 3 and not result["quick"]
+        few = name in ("memory", "routing")  # as README says
+        assert len(result["seeds"]) >= (3 if few else 5) and not result["quick"]
     verdicts = [claim["verdict"] for result in results for claim in result["claims"]]
     words = " ".join(README.split())
     count = ", ".join(f"{verdicts.count(v)} {v}" for v in get_args(Verdict))
