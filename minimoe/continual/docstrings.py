@@ -15,7 +15,7 @@ import copy
 import functools
 import hashlib
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ SUBJECTS = {
 TOKENS, TRAIN, TEST = 20, 40, 20  # of a passage; passages of a class
 MOST = 3  # passages of one docstring, which are all trained on or all tested on
 BELOW = 4  # blocks that are run once
+TEST_SEED = 0  # of which docstrings are tested on
+
+Passage = tuple[int, ...]
 
 
 def docstrings(tasks: int, seed: int) -> Stream:
@@ -133,21 +136,28 @@ def lower(encoder: Any, ids: Tensor) -> Tensor:
 
 
 def passages(module: str, tokenizer: Any, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Token ids of passages of a module's docstrings: (TRAIN, TOKENS) and (TEST, TOKENS). The first
-    and the last token are the model's own marks. Raises ValueError if there are too few."""
-    texts, wide = texts_of(module), TOKENS - 2
-    train: dict[tuple[int, ...], None] = {}  # a passage counts once
-    test: dict[tuple[int, ...], None] = {}
-    for i in torch.randperm(len(texts), generator=draw).tolist():
-        side = test if len(test) < TEST else train
-        ids = tokenizer(texts[i], add_special_tokens=False, verbose=False)["input_ids"]
-        for end in range(wide, min(len(ids), MOST * wide) + 1, wide):
-            passage = (tokenizer.cls_token_id, *ids[end - wide : end], tokenizer.sep_token_id)
-            if passage not in test:
-                side[passage] = None
+    """Token ids of passages of a module's docstrings: (TRAIN, TOKENS), as drawn, and (TEST,
+    TOKENS), the same whatever is drawn. The first and the last token are the model's own marks.
+    Raises ValueError if there are too few."""
+    texts = texts_of(module)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(TEST_SEED)).tolist()
+    test: dict[Passage, None] = {}  # a passage counts once
+    while len(test) < TEST and order:
+        test |= dict.fromkeys(cut(texts[order.pop()], tokenizer))
+    train: dict[Passage, None] = {}
+    for i in torch.randperm(len(order), generator=draw).tolist():
+        train |= dict.fromkeys(p for p in cut(texts[order[i]], tokenizer) if p not in test)
     if len(train) < TRAIN:
         raise ValueError(f"docstrings needs more of {module} than this Python has")
     return torch.tensor(list(train)[:TRAIN]), torch.tensor(list(test)[:TEST])
+
+
+def cut(text: str, tokenizer: Any) -> Iterator[Passage]:
+    """The first MOST passages of a docstring."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    wide = TOKENS - 2
+    for end in range(wide, min(len(ids), MOST * wide) + 1, wide):
+        yield (tokenizer.cls_token_id, *ids[end - wide : end], tokenizer.sep_token_id)
 
 
 @functools.cache

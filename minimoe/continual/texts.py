@@ -28,6 +28,7 @@ ALPHABET = "\n" + "".join(map(chr, range(32, 127)))  # a character that is not i
 LENGTH = 64
 PIECES = 32  # of LENGTH + 1 characters in a page; a page is either trained on or tested on
 TRAIN, TEST, BASE = 16, 8, 64  # pages
+TEST_SEED = 0  # of which pages are tested on
 ENOUGH = 400_000  # characters of a text
 
 # the tasks: package, folder, pattern of the files' names, pattern of a comment
@@ -61,13 +62,14 @@ def texts(tasks: int, seed: int) -> Stream:
 
 
 def _split(text: str, train: int, draw: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, y), both (pieces, LENGTH), of pages to train on and of TEST others; y is what comes
-    next."""
+    """(x, y), both (pieces, LENGTH), of pages to train on, as drawn, and of TEST others, the same
+    whatever is drawn; y is what comes next."""
     ids = torch.tensor([ALPHABET.index(c) for c in text])
     page = PIECES * (LENGTH + 1)
     pages = ids[: len(ids) // page * page].view(-1, PIECES, LENGTH + 1)
-    pages = pages[torch.randperm(len(pages), generator=draw)]
-    for some in (pages[TEST : TEST + train], pages[:TEST]):
+    pages = pages[torch.randperm(len(pages), generator=torch.Generator().manual_seed(TEST_SEED))]
+    test, rest = pages[:TEST], pages[TEST:]
+    for some in (rest[torch.randperm(len(rest), generator=draw)[:train]], test):
         pieces = some.flatten(0, 1)
         yield pieces[:, :-1].clone(), pieces[:, 1:].clone()
 

@@ -5,6 +5,7 @@ A method is a curve over the size that it may choose:
     mora, lora_moe, ...     the ranks that a task adds
     ridge, own_ridge        random features
     own_subspace            directions of a task's inputs
+    lda                     none; it answers classes alone
     replay                  examples kept of a task
 
 Stored is all that must be kept to learn the next task and to answer: adapters, their frozen rows,
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..continual.closed import OwnRidge, OwnSubspace, Ridge
+from ..continual.closed import LDA, OwnRidge, OwnSubspace, Ridge
 from ..continual.learn import AdapterLearner, Learner, run_stream
 from ..continual.metrics import acc
 from ..continual.replay import Replay
@@ -27,18 +28,21 @@ from ..tools.results import Line, Panel
 from .common import beside, cells_of, half_interval, mean, stream_and_backbone
 from .study import Cell, Rows, Study
 from .verdicts import Claim, Values
-from .why import TASKS, Factored
+from .why import Factored
+
+TASKS = {"subspaces": 8, "clusters": 5, "rotated-digits": 5, "split-digits": 5}
 
 
 @dataclass(frozen=True)
 class Method:
     """make(model, stream, **{knob: size}) for each of the sizes; frozen: whether it needs the
-    backbone."""
+    backbone; real: whether it can answer real numbers too, and not only classes."""
 
     make: Callable[..., Learner]
     knob: str
     sizes: Sequence[int]
     frozen: bool = True
+    real: bool = True
 
 
 def of(name: str, **settings: Any) -> Callable[..., Learner]:
@@ -60,7 +64,12 @@ def replay(model: Any, stream: Any, keep: int) -> Learner:
     return Replay(model, keep=keep, rank=8)
 
 
-RANKS = (2, 8)
+def lda(model: Any, stream: Any, means: int) -> Learner:
+    """It has no size to choose: a mean for each class and task."""
+    return LDA(model, stream)
+
+
+RANKS = (2, 8, 16)
 METHODS: dict[str, Method] = {
     "lora": Method(of("lora"), "rank", (8,)),
     "lora_moe": Method(of("lora_moe"), "rank", RANKS),
@@ -73,6 +82,7 @@ METHODS: dict[str, Method] = {
     "ridge": Method(Ridge, "M", (50, 150, 300, 1000), frozen=False),
     "own_ridge": Method(OwnRidge, "M", (0, 50, 200, 400), frozen=False),
     "own_subspace": Method(OwnSubspace, "m", (2, 4, 8, 16), frozen=False),
+    "lda": Method(lda, "means", (1,), frozen=False, real=False),
     "oracle": Method(of("oracle"), "rank", (8,)),
     "joint": Method(of("joint"), "rank", (8,)),
 }
@@ -89,6 +99,7 @@ def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
                 "size": size,
             }
             for name, method in METHODS.items()
+            if method.real or "digits" in stream
             for size in method.sizes
         }
         made += cells_of("memory", rows, seeds, epochs=2 if quick else EPOCHS)

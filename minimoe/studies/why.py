@@ -30,7 +30,7 @@ from ..claims import Claims
 from ..roster import EPOCHS, SCHEMES
 from ..sparse import TINY, widened
 from ..tools.results import Line, Panel
-from .common import ACC, COLUMNS, SHARE, carried, cells_of, mean
+from .common import ACC, COLUMNS, SHARE, TWO_STREAMS, carried, cells_of, mean
 from .study import Cell, Rows, Study
 from .verdicts import Claim, Comparison
 
@@ -115,7 +115,7 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "lora_moe of ranks": ROUTED,
     "lora_moe of ranks, = stored": {**ROUTED, "rank": 5},
 }
-TASKS = {"subspaces": 8, "clusters": 5}
+TASKS = {"subspaces": 8, "clusters": 5, **dict.fromkeys(TWO_STREAMS, 5)}
 CLASSES: Mapping[str, type[Adapter]] = SCHEMES | {"factored": Factored}
 
 

@@ -36,6 +36,22 @@ def test_a_stream_states_its_tasks_and_keeps_test_images_out(name):
     )
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["split-digits", "digit-worlds", "texts", pytest.param("docstrings", marks=pytest.mark.slow)],
+)
+def test_what_is_tested_on_is_tested_on_with_every_seed(name):
+    """Else what one seed trains on, and a setting is picked by, is another's test."""
+    one, other = (streams.make(name, 3, seed=seed).tasks for seed in (0, 1))
+    for a, b in zip(one, other, strict=True):
+        ours, theirs = (
+            {tuple(sorted(x.flatten().tolist())) for x in part} for part in (a.x_test, b.x_test)
+        )
+        assert ours == theirs
+        learned = {tuple(sorted(x.flatten().tolist())) for x in b.x_train}
+        assert len(ours & learned) <= (0.1 * len(ours) if name == "texts" else 2)
+
+
 def test_a_quarter_of_every_class_is_held_out():
     base = streams.make("permuted-digits", 1).base
     for digit in range(10):
