@@ -83,16 +83,19 @@ def parser() -> Parser:
     more = streams.usual_tasks("subspaces")
     add("--tasks", type=int, metavar="N", help=f"default {usual.tasks}, for subspaces {more}")
     add("--epochs", type=int, metavar="N", help=f"per task, default {EPOCHS}")
-    add("--lr", type=float, help=f"learning rate, default {usual.lr}")
+    add("--lr", type=float, help="learning rate, default each learner's own")
     add("--batch", type=int, metavar="N", help=f"examples in a batch, default {usual.batch}")
     add("--optimiser", metavar="NAME", help=f"{', '.join(OPTIMISERS)}; default {usual.optimiser}")
-    own = ROSTER["mora"].settings
-    add("--rank", type=int, metavar="N", help=f"ranks per task, default {own['rank']}")
-    settings = {name: entry.settings for name, entry in ROSTER.items()}
-    kept = ", ".join(f"{s['top_k']} for {n}" for n, s in settings.items() if "top_k" in s)
-    add("--top-k", type=int, metavar="N", help=f"experts kept per token, default {kept}")
-    add("--tau", type=float, help=f"mora's temperature, default {own['tau']}")
-    add("--delta", type=float, help=f"mora's threshold at test, default {own['delta']}")
+    rank = ROSTER["mora"].settings["rank"]
+    add("--rank", type=int, metavar="N", help=f"ranks per task, default {rank}")
+    add(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help="experts kept per token; default, as of the next two, what was tuned on the stream",
+    )
+    add("--tau", type=float, help="mora's temperature")
+    add("--delta", type=float, help="mora's threshold at test")
     add("--device", help="default cpu; cuda, cuda:1, ...")
     add(
         "--jobs",
@@ -112,7 +115,7 @@ def parser() -> Parser:
         "study", help="measure what the paper claims; goes on where it was stopped"
     ).add_argument
     add("name", metavar="NAME", help=f"{', '.join(STUDIES)}, or all")
-    add("--seeds", nargs="+", type=int, metavar="N", help="default 0 to 4, quick 0 and 1")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default the study's own, quick 0 and 1")
     add("--quick", action="store_true", help="fewer tasks, less training")
     add("--jobs", type=int, metavar="N", help="runs side by side, default one per core")
     add("--out", type=Path, default=Path(OUT["study"]), help="default %(default)s")
@@ -258,7 +261,8 @@ def run_compare(args: argparse.Namespace) -> int:
         *(options.stream, options.backbone, options.targets, options.tasks, options.device)
     )
     model = setting.new_model(options.seeds[0])
-    schemes = choose(options.schemes or None, stream_of(setting, options.seeds[0]), model)
+    stream = stream_of(setting, options.seeds[0])
+    schemes = choose(options.schemes or None, stream, model, setting.tuned_as)
     total = len(schemes) * len(options.seeds) * options.tasks
     with console.Progress("task", f"writing to {out}", hidden=not first) as bar:
         result = compare(
@@ -343,8 +347,9 @@ def run_study(args: argparse.Namespace) -> int:
         raise ValueError(f"study is {args.name!r}, allowed: {', '.join(STUDIES)}, all")
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"jobs is {args.jobs}, allowed: 1 or more")
-    seeds = list(dict.fromkeys(args.seeds or ((0, 1) if args.quick else range(5))))
     for name in STUDIES if args.name == "all" else [args.name]:
+        usual = (0, 1) if args.quick else STUDIES[name].seeds
+        seeds = list(dict.fromkeys(args.seeds or usual))
         with console.Progress("cell", f"writing to {args.out}") as bar:
             result = studies.run_study(
                 name, args.out, seeds, args.quick, args.jobs or -1, bar, console.say

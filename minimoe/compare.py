@@ -21,7 +21,6 @@ from .continual.backbones import BACKBONES
 from .continual.checkpoints import Checkpoints
 from .continual.learn import (
     BATCH,
-    LEARNING_RATE,
     PRETRAIN,
     PROBES,
     Learner,
@@ -35,7 +34,7 @@ from .continual.metrics import METRICS
 from .continual.probe import PROBLEMS
 from .continual.stream import Stream
 from .options import RUN, Options, short_name
-from .roster import EPOCHS, ROSTER, Entry, lookup, names
+from .roster import EPOCHS, ROSTER, Entry, entry_on, lookup, names
 from .setting import Setting, name_of, pretrained, stream_of
 from .tools import parallel
 from .tools.console import quiet_children
@@ -59,7 +58,7 @@ def compare(
     *,
     backbone: str | Callable[[Stream], nn.Module] | None = None,
     targets: str | None = None,
-    lr: float = LEARNING_RATE,
+    lr: float | None = None,
     batch: int = BATCH,
     optimiser: str = "AdamW",
     jobs: int = 1,
@@ -75,7 +74,7 @@ def compare(
         tasks: how many; by default 5, or all that a Stream has.
         changes: settings other than the roster's, for all schemes that have them.
         done: is told of progress: a label, and how many tasks are newly finished.
-        lr, batch, optimiser: of a task's training.
+        lr, batch, optimiser: of a task's training; lr None: each learner's own (roster.py).
         jobs: runs side by side, in processes, or as joblib.parallel_config says; -1: one per core.
             Each has one thread. The numbers are those of one after the other with one thread, if
             what a function reads from its module is as it was imported.
@@ -84,7 +83,7 @@ def compare(
     and checkpoints that are damaged or of another run, before anything is written or learned.
     """
     out, seeds = Path(out), [int(seed) for seed in seeds]
-    require_training(epochs, lr, batch, optimiser)
+    require_training(epochs, 0.0 if lr is None else lr, batch, optimiser)
     streams.require_seeds(seeds)
     changes = dict(changes or {})
     for name, value in changes.items():
@@ -100,7 +99,10 @@ def compare(
         tasks = len(stream.tasks) if isinstance(stream, Stream) else streams.usual_tasks(stream)
     setting = Setting(stream, backbone, targets, tasks, device)
     trial, model = stream_of(setting, seeds[0]), setting.new_model(seeds[0])
-    entries = dict(schemes) if isinstance(schemes, Mapping) else choose(schemes, trial, model)
+    if isinstance(schemes, Mapping):
+        entries = dict(schemes)
+    else:
+        entries = choose(schemes, trial, model, setting.tuned_as)
     known = {name for entry in (ROSTER | entries).values() for name in entry.settings}
     for name in changes.keys() - known:
         raise ValueError(f"changes have {name!r}, allowed: {', '.join(sorted(known))}")
@@ -159,12 +161,13 @@ def compare(
     if trial.reachable is not None and backbone is None:
         for seed in seeds:
             model, made = pretrained(setting, seed), stream_of(setting, seed)
-            for name, reach in trial.reachable(model, made, _settings(changes)).items():
+            known_settings = {n: entry_on(n, setting.tuned_as).changed(changes) for n in ROSTER}
+            for name, reach in trial.reachable(model, made, known_settings).items():
                 by_name: dict[str, list[Any]] = limits if isinstance(reach, Reachable) else closed
                 by_name.setdefault(name, []).append(reach)
     settings: dict[str, Any] = {"tasks": tasks, "epochs": epochs}
-    settings |= shown_settings(ROSTER | entries, changes)
-    settings |= {"batch": batch, "lr": lr, "optimiser": optimiser}
+    settings |= shown_settings(entries, changes, lr)
+    settings |= {"batch": batch, "optimiser": optimiser}
     settings |= {"backbone": name_of(backbone), "targets": targets}
     settings |= {"pretrain": {**PRETRAIN, **trial.pretraining} if trial.base else None}
     settings |= {"probes": PROBES, "score": trial.measure}
@@ -206,7 +209,11 @@ def _run(
             name=label,
             checkpoints=files,
             done=lambda tasks: done(label, tasks),
-            how={"lr": options.lr, "batch": options.batch, "optimiser": options.optimiser},
+            how={
+                "lr": entry.lr if options.lr is None else options.lr,
+                "batch": options.batch,
+                "optimiser": options.optimiser,
+            },
         )
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         if options.stream in streams.STREAMS and options.backbone in (None, *BACKBONES):
@@ -214,11 +221,12 @@ def _run(
         raise ValueError(f"{label}: {type(error).__name__}: {error}") from error
 
 
-def _run_alone(entry: Entry | str, *args: Any) -> Run:
+def _run_alone(entry: Entry | str, setting: Setting, *args: Any) -> Run:
     """`_run` in a process of its own, on one thread."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # joblib's is not for a DataLoader's workers
-    return _run(lookup(entry)[1] if isinstance(entry, str) else entry, *args)
+    entry = lookup(entry, setting.tuned_as)[1] if isinstance(entry, str) else entry
+    return _run(entry, setting, *args)
 
 
 def _kept(
@@ -233,7 +241,7 @@ def _kept(
         "device": options.device,
         **entry.changed(options.changes),
         "batch": options.batch,
-        "lr": options.lr,
+        "lr": entry.lr if options.lr is None else options.lr,
         "optimiser": options.optimiser,
         "pretrain": {**PRETRAIN, **stream_of(setting, seed).pretraining},
         "torch": torch.__version__,
@@ -296,7 +304,7 @@ def restore(
         *(options.targets, options.tasks, options.device),
     )
     made, model = stream_of(setting, seed), copy.deepcopy(pretrained(setting, seed))
-    entries = choose(options.schemes, made, model)
+    entries = choose(options.schemes, made, model, setting.tuned_as)
     if scheme not in entries:
         raise ValueError(f"scheme is {scheme!r}, allowed in this run: {', '.join(entries)}")
     with seeded(task_seed(seed, 0)):
@@ -312,16 +320,19 @@ def restore(
     return learner, made
 
 
-def choose(schemes: Sequence[str] | None, stream: Stream, model: Any) -> dict[str, Entry]:
+def choose(
+    schemes: Sequence[str] | None, stream: Stream, model: Any, tuned_as: str | None = None
+) -> dict[str, Entry]:
     """The entries of these names, or files with a class, file.py:Class, by short names. None: all
-    but the atlas; "all": with it. Raises ValueError on a name that this model cannot have."""
+    but the atlas; "all": with it. tuned_as: the stream of this package on which the roster's
+    settings were tuned. Raises ValueError on a name that this model cannot have."""
     allowed = names(model)
     if schemes is None:
         schemes = usual_schemes(model)
     entries: dict[str, Entry] = {}
     for given in dict.fromkeys(schemes):
         for each in allowed if given == "all" else [given]:
-            name, entry = lookup(each)
+            name, entry = lookup(each, tuned_as)
             if name in ROSTER and name not in allowed:
                 raise ValueError(
                     f"scheme is {name!r}, allowed on {stream.name}: {', '.join(allowed)}"
@@ -362,18 +373,18 @@ def _try(
     return learner
 
 
-def shown_settings(entries: Mapping[str, Entry], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of all entries: a value, or, where entries differ in it, a value for each."""
+def shown_settings(
+    entries: Mapping[str, Entry], changes: Mapping[str, Any], lr: float | None
+) -> dict[str, Any]:
+    """The settings and the lr of all entries: a value, or, where entries differ in it, a value for
+    each."""
     by_name: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
-        for key, value in entry.changed(changes).items():
+        rate = entry.lr if lr is None else lr
+        for key, value in (entry.changed(changes) | {"lr": rate}).items():
             by_name.setdefault(key, {})[name] = value
     same = {key: next(iter(v.values())) for key, v in by_name.items() if len(set(v.values())) == 1}
     return {key: same.get(key, values) for key, values in by_name.items()}
-
-
-def _settings(changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name: entry.changed(changes) for name, entry in ROSTER.items()}
 
 
 def _over_seeds(runs: Sequence[Run], known: list[Reachable] | None) -> SchemeResult:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .continual import streams
-from .continual.learn import BATCH, LEARNING_RATE
-from .roster import EPOCHS, ROSTER
+from .continual.learn import BATCH
+from .roster import EPOCHS, ROSTER, entry_on
 from .tools.results import EXACT, parse, read
 
 RUN = "run.json"  # a run's options, in its folder
@@ -22,8 +22,8 @@ FIXED = ("stream", "epochs", "lr", "batch", "optimiser", "backbone", "targets", 
 class Options:
     """What a user asks a run for, as run.json holds it.
 
-    stream, schemes, backbone: as compare.compare takes them, a file by its whole path. changes:
-    settings other than the roster's, for all schemes that have them.
+    stream, schemes, backbone: as compare.compare takes them, a file by its whole path. lr: None for
+    each learner's own. changes: settings other than the roster's, for all schemes that have them.
     """
 
     stream: str = "permuted-digits"
@@ -31,7 +31,7 @@ class Options:
     seeds: list[int] = field(default_factory=lambda: [0])
     tasks: int = 5
     epochs: int = EPOCHS
-    lr: float = LEARNING_RATE
+    lr: float | None = None
     batch: int = BATCH
     optimiser: str = "AdamW"
     backbone: str | None = None
@@ -60,7 +60,9 @@ class Options:
         for name in FIXED:
             _require_same(name, given.get(name), {getattr(self, name)})
         for name, value in given.get("changes", {}).items():
-            usual = {entry.settings[name] for entry in ROSTER.values() if name in entry.settings}
+            own = None if self.backbone or self.targets else self.stream
+            entries = [entry_on(each, own).settings for each in ROSTER]
+            usual = {settings[name] for settings in entries if name in settings}
             _require_same(name, value, {self.changes[name]} if name in self.changes else usual)
         seed = self.seeds[0]
         before, after = (streams.make(self.stream, n, seed).tasks for n in (self.tasks, tasks))

@@ -4,9 +4,10 @@
 scheme is to add its entry.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +18,14 @@ from . import schemes
 from .adapter import Adapter
 from .continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA, Trigram
 from .continual.closed import LDA, OwnRidge, OwnSubspace, Ridge
-from .continual.learn import AdapterLearner, Learner
+from .continual.learn import LEARNING_RATE, AdapterLearner, Learner
 from .continual.learners import TaskLabelLearner
 from .continual.replay import Replay
 from .continual.stream import Stream
 from .lora import LoRA
 from .lora_moe import LoRAMoE
 from .mora import MoRA
+from .tools.files import read_json
 from .tools.fingerprint import of_own
 from .tools.load import load_class
 
@@ -34,13 +36,23 @@ Kind = Literal["scheme", "atlas", "baseline", "privileged"]
 # - rank 8, epochs 20: enough for one LoRA a task to learn its task (see the oracle's row).
 # - tau .1: among 40 ranks a score is about 1/sqrt(40) = .16 large; the softmax then weighs several
 #   ranks, where at the paper's .01 it all but picks one, and learns less.
-# - top_k 8: one task's worth of ranks. For lora_moe, whose experts are whole LoRAs, 3: the best
-#   of 1, 2, 3 and all on permuted-digits, with 2 and all within the spread.
-# - delta .2: the paper's.
-# - ewc's importance stays at its default, 10: the best of 1, 10, ... 10,000 by test accuracy on
-#   permuted-digits, seeds 0 and 1.
+# - top_k: of mora 8, one task's worth of ranks; of schemes of whole LoRAs 3, of mocle 8 clusters.
+#   smora and flylora are what they are by the share that speaks, which is their papers': 8 of 64
+#   ranks, here 5 of the 40 after five tasks; and 8 of a task's 32, here 2 of its 8.
+# They are the first of a learner's trials (studies/tuning.py). On a stream of TUNED it has those
+# that did best there.
 EPOCHS = 20
 TOY = {"rank": 8, "scale": 1.0}
+# What a learner may choose from: the same number of trials for all.
+RATES: Mapping[str, Sequence[float]] = {"lr": (3e-3, 1e-3, 1e-2, 3e-2), "scale": (1.0, 4.0)}
+PENALTIES = (1.0, 1e-3, 1e-2, 0.1, 10.0, 100.0, 1e3, 1e4)
+SHRINKS = (1e-4, 1e-6, 1e-5, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+GATES: Mapping[str, Sequence[float]] = {
+    **RATES,
+    "tau": (0.1, 0.3),
+    "top_k": (8, 16),
+    "delta": (0.2, -1.0),  # no score is below -1
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class Entry:
     learner: learner(model, scheme=scheme, **settings) is what lives through a stream; without a
         scheme, learner(model, stream, **settings).
     settings: for the toy streams, as constructor arguments.
+    lr: learning rate.
+    tunes: values that its settings and its lr may take, by name; its own first.
     needs: what a model must have for it, of what backbones.py names.
     path, source: the file that it comes from, and its fingerprint, if it is none of this package's.
     """
@@ -63,6 +77,8 @@ class Entry:
     scheme: type[Adapter] | None = None
     learner: Callable[..., Learner] = AdapterLearner
     settings: Mapping[str, Any] = field(default_factory=dict)
+    tunes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    lr: float = LEARNING_RATE
     needs: tuple[str, ...] = ()
     path: Path | None = None
     source: str | None = None
@@ -83,30 +99,36 @@ class Entry:
 _grows_not = partial(AdapterLearner, grows=False)
 
 ROSTER: dict[str, Entry] = {
-    "lora": Entry("scheme", "one dense LoRA that every task trains on", LoRA, _grows_not, TOY),
+    "lora": Entry(
+        "scheme", "one dense LoRA that every task trains on", LoRA, _grows_not, TOY, RATES
+    ),
     "lora_moe": Entry(
         "scheme",
         "a learned router over whole LoRAs, one more per task",
         LoRAMoE,
         settings={**TOY, "top_k": 3},
+        tunes={**RATES, "top_k": (3, 1, 2)},
     ),
     "mora": Entry(
         "scheme",
         "rank-1 experts that score themselves, r more per task",
         MoRA,
         settings={**TOY, "top_k": 8, "tau": 0.1, "delta": 0.2},
+        tunes=GATES,
     ),
     "smora": Entry(
         "atlas",
         "single ranks under a sigmoid router, with biases that balance it",
         schemes.smora.SMoRA,
-        settings={**TOY, "top_k": 8},
+        settings={**TOY, "top_k": 5},
+        tunes=RATES,
     ),
     "flylora": Entry(
         "atlas",
         "random sparse keys that are never trained; the largest answers speak",
         schemes.flylora.FlyLoRA,
-        settings={**TOY, "top_k": 8},
+        settings={**TOY, "top_k": 2},
+        tunes=RATES,
     ),
     "mor1e": Entry(
         "atlas",
@@ -114,6 +136,7 @@ ROSTER: dict[str, Entry] = {
         schemes.mor1e.MoR1E,
         schemes.mor1e.MoR1ELearner,
         TOY,
+        RATES,
         needs=("features",),
     ),
     "lora_moe_plugin": Entry(
@@ -121,13 +144,15 @@ ROSTER: dict[str, Entry] = {
         "whole LoRAs under a dense router, balanced by what they are for",
         schemes.lora_moe_plugin.LoRAMoEPlugin,
         TaskLabelLearner,
-        TOY,
+        {**TOY, "balance": 0.1},
+        {**RATES, "balance": (0.1, 0.01, 1.0)},
     ),
     "mosld": Entry(
         "atlas",
         "whole LoRAs that share their keys, under a router",
         schemes.mosld.MoSLD,
         settings={**TOY, "top_k": 3},
+        tunes={**RATES, "top_k": (3, 1, 2)},
     ),
     "mocle": Entry(
         "atlas",
@@ -135,6 +160,7 @@ ROSTER: dict[str, Entry] = {
         schemes.mocle.MoCLE,
         schemes.mocle.MoCLELearner,
         {**TOY, "clusters": 8},
+        {**RATES, "clusters": (8, 16)},
         needs=("features",),
     ),
     "meteora": Entry(
@@ -143,26 +169,30 @@ ROSTER: dict[str, Entry] = {
         schemes.meteora.MeteoRA,
         TaskLabelLearner,
         {**TOY, "top_k": 3},
+        {**RATES, "top_k": (3, 1, 2)},
     ),
     "sema": Entry(
         "atlas",
         "whole LoRAs under a soft router, one more where a layer is surprised",
         schemes.sema.SEMA,
         schemes.sema.SEMALearner,
-        TOY,
+        {**TOY, "threshold": 1.0},
+        {**RATES, "threshold": (1.0, 0.5, 2.0)},
     ),
     "olora": Entry(
         "atlas",
         "ranks added per task, all always on, with keys orthogonal to the older",
         schemes.olora.OLoRA,
-        settings=TOY,
+        settings={**TOY, "orthogonality": 0.5},
+        tunes={**RATES, "orthogonality": (0.5, 0.05, 5.0)},
     ),
     "ewc": Entry(
         "atlas",
         "one dense LoRA, held back where older tasks would feel it",
         schemes.ewc.EWC,
         schemes.ewc.EWCLearner,
-        TOY,
+        {**TOY, "importance": 10.0},
+        {**RATES, "importance": (10.0, 1.0, 100.0, 1000.0)},
     ),
     "alone": Entry(
         "atlas",
@@ -170,23 +200,30 @@ ROSTER: dict[str, Entry] = {
         schemes.alone.Alone,
         schemes.alone.AloneLearner,
         TOY,
+        RATES,
     ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
         learner=partial(Ridge, M=200, frozen=True),
+        settings={"penalty": 1.0},
+        tunes={"penalty": PENALTIES},
         needs=("features",),
     ),
     "own_ridge_features": Entry(
         "atlas",
         "own_ridge, on the frozen features",
         learner=partial(OwnRidge, frozen=True),
+        settings={"penalty": 1.0},
+        tunes={"penalty": PENALTIES},
         needs=("features",),
     ),
     "lda_features": Entry(
         "atlas",
         "lda, on the frozen features",
         learner=partial(LDA, frozen=True),
+        settings={"shrink": 1e-4},
+        tunes={"shrink": SHRINKS},
         needs=("features", "classes"),
     ),
     "zero_shot": Entry("baseline", "no adaptation, the backbone as it is", learner=Learner),
@@ -200,24 +237,32 @@ ROSTER: dict[str, Entry] = {
         "baseline",
         "one ridge regression for all tasks, on random features of the inputs",
         learner=Ridge,
+        settings={"penalty": 1.0},
+        tunes={"penalty": PENALTIES},
         needs=("inputs",),
     ),
     "own_ridge": Entry(
         "baseline",
         "each task's own ridge regression; the one whose mean input is nearest answers",
         learner=OwnRidge,
+        settings={"penalty": 1.0},
+        tunes={"penalty": PENALTIES},
         needs=("inputs",),
     ),
     "own_subspace": Entry(
         "baseline",
         "each task's own linear map; the one with the most energy in its subspace answers",
         learner=OwnSubspace,
+        settings={"penalty": 1.0},
+        tunes={"penalty": PENALTIES},
         needs=("inputs",),
     ),
     "lda": Entry(
         "baseline",
         "nearest mean of the inputs, by task and class, under one covariance",
         learner=LDA,
+        settings={"shrink": 1e-4},
+        tunes={"shrink": SHRINKS},
         needs=("inputs", "classes"),
     ),
     "trigram": Entry(
@@ -230,10 +275,11 @@ ROSTER: dict[str, Entry] = {
         "baseline",
         "the class embeddings alone learn, task after task",
         learner=HeadOnly,
+        tunes={"lr": RATES["lr"]},
         needs=("classes",),
     ),
     "lora_grown": Entry(
-        "baseline", "ranks added per task, all of them always on", LoRA, settings=TOY
+        "baseline", "ranks added per task, all of them always on", LoRA, settings=TOY, tunes=RATES
     ),
     "mora_detached": Entry(
         "baseline",
@@ -241,6 +287,7 @@ ROSTER: dict[str, Entry] = {
         MoRA,
         partial(AdapterLearner, detach_gate=True),
         {**TOY, "top_k": 8, "tau": 0.1, "delta": 0.2},
+        GATES,
     ),
     "replay_20": Entry(
         "baseline",
@@ -248,6 +295,7 @@ ROSTER: dict[str, Entry] = {
         LoRA,
         partial(Replay, keep=20),
         TOY,
+        RATES,
     ),
     "replay_80": Entry(
         "baseline",
@@ -255,15 +303,22 @@ ROSTER: dict[str, Entry] = {
         LoRA,
         partial(Replay, keep=80),
         TOY,
+        RATES,
     ),
     "joint": Entry(
         "privileged",
         "one LoRA with all tasks' ranks, trained on all tasks at once",
         learner=Joint,
         settings=TOY,
+        tunes=RATES,
     ),
     "oracle": Entry(
-        "privileged", "one LoRA per task, told at test which task it is", ToldLoRA, Oracle, TOY
+        "privileged",
+        "one LoRA per task, told at test which task it is",
+        ToldLoRA,
+        Oracle,
+        TOY,
+        RATES,
     ),
 }
 
@@ -273,6 +328,27 @@ SCHEMES: dict[str, type[Adapter]] = {
     for name, entry in ROSTER.items()
     if entry.scheme is not None and entry.kind in ("scheme", "atlas")
 }
+
+
+TUNED = Path(__file__).parent / "tuned.json"
+
+
+@functools.cache
+def tuned() -> dict[str, dict[str, dict[str, Any]]]:
+    """By stream and learner, the settings that did best in their trials, as the study `tuning` has
+    them (studies/tuning.py). Not to be changed."""
+    _, entry = read_json(TUNED, "tuned", mend="minimoe must be installed anew")
+    found: dict[str, dict[str, dict[str, Any]]] = entry["settings"]
+    return found
+
+
+def entry_on(name: str, stream: str | None) -> Entry:
+    """The roster's entry of that name, with the settings tuned on a stream of that name, if there
+    are some."""
+    entry = ROSTER[name]
+    best = tuned().get(stream or "", {}).get(name, {})
+    settings = {key: best.get(key, value) for key, value in entry.settings.items()}
+    return replace(entry, settings=settings, lr=best.get("lr", entry.lr))
 
 
 def names(model: Any = None, *kinds: Kind) -> list[str]:
@@ -295,15 +371,16 @@ def _has(model: Any, need: str) -> bool:
     return isinstance(found, nn.Parameter) and found.ndim == 2
 
 
-def lookup(name: str) -> tuple[str, Entry]:
+def lookup(name: str, stream: str | None = None) -> tuple[str, Entry]:
     """The short name and the entry of a name in the roster, or of a class in a file, file.py:Class.
+    stream: that on which the roster's settings were tuned, if any.
 
     A class of one's own lives as MoRA does, with those of MoRA's toy settings that its constructor
     has, unless it names its own `learner` and `toy_settings`. Raises FileNotFoundError, and
     ValueError on an unknown name or a file without such a class.
     """
     if name in ROSTER:
-        return name, ROSTER[name]
+        return name, entry_on(name, stream)
     path, colon, in_file = name.rpartition(":")
     if not colon:
         raise ValueError(f"scheme is {name!r}, allowed: {', '.join(ROSTER)}, file.py:Class")
@@ -313,14 +390,15 @@ def lookup(name: str) -> tuple[str, Entry]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} has no signature: {error}") from error
     takes_all = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
-    mora = ROSTER["mora"].settings
-    usual = {name: value for name, value in mora.items() if takes_all or name in arguments}
+    mora = entry_on("mora", stream)
+    usual = {name: value for name, value in mora.settings.items() if takes_all or name in arguments}
     return in_file, Entry(
         "scheme",
         f"{in_file} of {path}",
         scheme,
         getattr(scheme, "learner", AdapterLearner),
         getattr(scheme, "toy_settings", usual),
+        lr=mora.lr,
         path=Path(path).resolve(),
         source=of_own(Path(path).resolve()),
     )

@@ -40,6 +40,12 @@ class Setting:
     device: str = field(compare=False)
     key: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
 
+    @property
+    def tuned_as(self) -> str | None:
+        """The stream whose tuned settings are for this: a stream of this package, its own model."""
+        own = self.backbone is None and self.targets is None
+        return self.stream if own and isinstance(self.stream, str) else None
+
     def maker(self) -> Callable[[Stream], nn.Module] | None:
         return backbones.find(self.backbone) if isinstance(self.backbone, str) else self.backbone
 

@@ -13,9 +13,9 @@ answered as its row of the unit matrix.
     LDA         the nearest of the means of u, by task and class, under one covariance
 
 Ridge is that of RanPAC (McDonnell et al., arXiv 2307.02251) and RAIL (Xu et al., 2406.18868), LDA
-that of Hayes and Kanan (1909.01520). Departures: λ is 1 for all (RanPAC tries some on a part of
-each task, which λ would then depend on); LDA's shrinkage is a share of the mean variance, and a
-class has a mean in each task.
+that of Hayes and Kanan (1909.01520). Departures: λ is given, and is 1 by default (RanPAC tries some
+on a part of each task, so that its weights depend on their order); LDA's shrinkage is a share of
+the mean variance, and a class has a mean in each task.
 
 No step is taken, and no sum is ever forgotten. All is in float64 on the CPU. `stored` counts what
 must be kept to go on learning, of symmetric sums a triangle; P comes from a seed and is not.
@@ -30,13 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..adapter import require
 from . import data
 from .data import Inputs
 from .learn import Fit, Learner
 from .stream import EVALUATED, Stream, Task
-
-LAMBDA = 1.0  # of the ridge; h² is about 1/2 an example
-SHRINK = 1e-4  # of LDA's covariance, a share of the mean variance
 
 
 class ClosedForm(Learner):
@@ -46,8 +44,8 @@ class ClosedForm(Learner):
         M: the number of random features.
         frozen: read the frozen features, not the inputs.
 
-    Raises ValueError on inputs that are no real numbers, and on answers that are neither real nor
-    one class for each example.
+    Raises ValueError on inputs that are no real numbers, on answers that are neither real nor one
+    class for each example, and on a penalty or a shrinkage that is not above 0.
     """
 
     def __init__(self, model: Any, stream: Stream, M: int, frozen: bool):
@@ -102,16 +100,24 @@ class ClosedForm(Learner):
         return y.unflatten(1, self.shape).float().to(self.device)
 
 
-def ridge(G: Tensor, C: Tensor) -> Tensor:
+def _positive(name: str, value: float) -> float:
+    require(value > 0, name, value, "above 0")
+    return value
+
+
+def ridge(G: Tensor, C: Tensor, penalty: float) -> Tensor:
     """W (M, O) = (G + λ I)⁻¹ C of the sums G = Σ h hᵀ (M, M) and C = Σ h yᵀ (M, O)."""
-    return torch.linalg.solve(G + LAMBDA * torch.eye(len(G), dtype=G.dtype), C)
+    return torch.linalg.solve(G + penalty * torch.eye(len(G), dtype=G.dtype), C)
 
 
 class Ridge(ClosedForm):
-    """One ridge regression for all tasks, on M random features."""
+    """One ridge regression for all tasks, on M random features. penalty: λ."""
 
-    def __init__(self, model: Any, stream: Stream, M: int = 300, frozen: bool = False):
+    def __init__(
+        self, model: Any, stream: Stream, M: int = 300, frozen: bool = False, penalty: float = 1.0
+    ):
         super().__init__(model, stream, M, frozen)
+        self.penalty = _positive("penalty", penalty)
         self.G = torch.zeros(self.width, self.width, dtype=torch.float64)
         self.C = torch.zeros(self.width, self.O, dtype=torch.float64)
 
@@ -122,7 +128,7 @@ class Ridge(ClosedForm):
             self.C += h.T @ y
 
     def predict(self, x: Inputs, j: int) -> Tensor:
-        return self.answer(self.lift(self.read(x)) @ ridge(self.G, self.C))
+        return self.answer(self.lift(self.read(x)) @ ridge(self.G, self.C, self.penalty))
 
     def count(self) -> dict[str, int]:
         triangle = self.width * (self.width + 1) // 2
@@ -145,10 +151,13 @@ class Ridge(ClosedForm):
 
 class OwnRidge(ClosedForm):
     """A ridge regression for each task, on the same M random features, and the mean of its u: the
-    task whose mean is nearest answers. Before the first task all answers are 0."""
+    task whose mean is nearest answers. Before the first task all answers are 0. penalty: λ."""
 
-    def __init__(self, model: Any, stream: Stream, M: int = 200, frozen: bool = False):
+    def __init__(
+        self, model: Any, stream: Stream, M: int = 200, frozen: bool = False, penalty: float = 1.0
+    ):
         super().__init__(model, stream, M, frozen)
+        self.penalty = _positive("penalty", penalty)
         self.means = torch.zeros(0, self.D, dtype=torch.float64)
         self.W = torch.zeros(0, self.width, self.O, dtype=torch.float64)
 
@@ -156,7 +165,7 @@ class OwnRidge(ClosedForm):
         us, ys = (torch.cat(parts) for parts in zip(*self.seen(stream.tasks[t]), strict=True))
         h = self.lift(us)
         self.means = torch.cat([self.means, us.mean(0, keepdim=True)])
-        self.W = torch.cat([self.W, ridge(h.T @ h, h.T @ ys).unsqueeze(0)])
+        self.W = torch.cat([self.W, ridge(h.T @ h, h.T @ ys, self.penalty).unsqueeze(0)])
 
     def predict(self, x: Inputs, j: int) -> Tensor:
         u = self.read(x)
@@ -186,10 +195,13 @@ class OwnSubspace(ClosedForm):
     """For each task the m leading directions of its u (about 0), and a linear map from there: the
     task in whose directions u has the most energy answers. No mean is needed, so it names tasks
     that have none; and it is no better where all tasks lie in one subspace. Before the first task
-    all answers are 0."""
+    all answers are 0. penalty: λ."""
 
-    def __init__(self, model: Any, stream: Stream, m: int = 16, frozen: bool = False):
+    def __init__(
+        self, model: Any, stream: Stream, m: int = 16, frozen: bool = False, penalty: float = 1.0
+    ):
         super().__init__(model, stream, 0, frozen)
+        self.penalty = _positive("penalty", penalty)
         self.U = torch.zeros(0, self.D, min(m, self.D), dtype=torch.float64)
         self.W = torch.zeros(0, min(m, self.D), self.O, dtype=torch.float64)
 
@@ -198,7 +210,7 @@ class OwnSubspace(ClosedForm):
         U = torch.linalg.eigh(us.T @ us).eigenvectors[:, -self.U.shape[2] :]  # (D, m)
         v = us @ U
         self.U = torch.cat([self.U, U.unsqueeze(0)])
-        self.W = torch.cat([self.W, ridge(v.T @ v, v.T @ ys).unsqueeze(0)])
+        self.W = torch.cat([self.W, ridge(v.T @ v, v.T @ ys, self.penalty).unsqueeze(0)])
 
     def predict(self, x: Inputs, j: int) -> Tensor:
         u = self.read(x)
@@ -232,11 +244,12 @@ class LDA(ClosedForm):
         score of a class: the largest, over its means, of μᵀ Λ u - μᵀ Λ μ / 2
 
     S is the covariance times the number of examples, a factor on all scores, which changes no
-    choice. A class that was not seen is never answered.
+    choice. A class that was not seen is never answered. shrink: ε.
     """
 
-    def __init__(self, model: Any, stream: Stream, frozen: bool = False):
+    def __init__(self, model: Any, stream: Stream, frozen: bool = False, shrink: float = 1e-4):
         super().__init__(model, stream, 0, frozen)
+        self.shrink = _positive("shrink", shrink)
         self.S = torch.zeros(self.D, self.D, dtype=torch.float64)
         self.means = torch.zeros(0, self.D, dtype=torch.float64)
         self.of = torch.zeros(0, dtype=torch.int64)  # the class of each mean
@@ -254,7 +267,7 @@ class LDA(ClosedForm):
         u = self.read(x)
         best = u.new_full((len(u), self.O), -torch.inf)
         if len(self.of):
-            shrink = SHRINK * self.S.trace() / self.D * torch.eye(self.D, dtype=u.dtype)
+            shrink = self.shrink * self.S.trace() / self.D * torch.eye(self.D, dtype=u.dtype)
             W = torch.linalg.solve(self.S + shrink, self.means.T)  # (D, means)
             scores = u @ W - (self.means.T * W).sum(0) / 2
             best = best.scatter_reduce(1, self.of.expand_as(scores), scores, "amax")

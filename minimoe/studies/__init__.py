@@ -3,7 +3,7 @@
 memory: what is scored by all that is stored. why: what carries MoRA's gain. routing: who should
 choose the ranks. growth: what happens as tasks come. silence: what happens on inputs of no task.
 grain: how fine experts should be cut. tokens: what remains where a gate sees one token. atlas:
-every scheme on four streams.
+every scheme on every stream. tuning: which settings a learner has there.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ..continual.streams import require_seeds
 from ..tools.files import write_atomic, write_json
 from ..tools.results import StudyResult, to_json
 from ..tools.tables import findings
-from . import atlas, grain, growth, memory, routing, silence, tokens, why
+from . import atlas, grain, growth, memory, routing, silence, tokens, tuning, why
 from .study import Study, report, run
 
 __all__ = ["STUDIES", "run_study", "stored"]
@@ -27,6 +27,7 @@ STUDIES: dict[str, Study] = {
     "grain": grain.STUDY,
     "tokens": tokens.STUDY,
     "atlas": atlas.STUDY,
+    "tuning": tuning.STUDY,
 }
 
 
@@ -43,7 +44,7 @@ def run_study(
     the page of all studies whose JSON is there. Returns what NAME.json holds.
 
     Args:
-        seeds: default 0 to 4.
+        seeds: default the study's own.
         quick: fewer tasks and less training: to see that it runs, not to conclude from.
         jobs: joblib's n_jobs, None for what joblib.parallel_config says.
         done: called with a label, how many cells are newly finished, and of how many.
@@ -56,9 +57,9 @@ def run_study(
 
     if name not in STUDIES:
         raise ValueError(f"study is {name!r}, allowed: {', '.join(STUDIES)}")
-    seeds = list(range(5)) if seeds is None else list(seeds)
-    require_seeds(seeds)
     asked = STUDIES[name]
+    seeds = list(asked.seeds if seeds is None else seeds)
+    require_seeds(seeds)
     cells = asked.cells(seeds, quick)
     others = {other: stored(out, other) for other in STUDIES if other != name}
     results = run(cells, asked.measure, out, jobs, lambda label, n: done(label, n, len(cells)), say)

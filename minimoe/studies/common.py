@@ -27,6 +27,11 @@ from .verdicts import Comparison, Values
 
 PERMUTED = "permuted-digits"
 TWO_STREAMS = (PERMUTED, "rotated-digits")
+STREAMS = {  # the main table's, and how many tasks each has there
+    "subspaces": 8,
+    "clusters": 5,
+    **dict.fromkeys((*TWO_STREAMS, "split-digits", "digit-worlds"), 5),
+}
 # The smallest effects that matter (verdicts.py). For all measures but accuracy one number, so that
 # none can be chosen to suit: most figures of tutorials/findings were known when these two were set.
 ACC = 0.02  # 9 of a task's 450 test images: about what another split of the images moves

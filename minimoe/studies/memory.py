@@ -212,4 +212,5 @@ STUDY = Study(
     panels=panels,
     finding=finding,
     claims=claims,
+    seeds=range(10),
 )

@@ -88,7 +88,7 @@ class Study:
     asks: the question, in a line. cells(seeds, quick): what to run. measure(cell): runs one, in any
     process, and returns numbers or lists of numbers by name. columns: those numbers that the table
     shows, by their heads. panels(rows): what the picture shows (plots.plot_study). finding(rows):
-    the sentence. claims(rows): claims of the paper on which it bears.
+    the sentence. claims(rows): claims of the paper on which it bears. seeds: where none are given.
     """
 
     asks: str
@@ -98,6 +98,7 @@ class Study:
     panels: Callable[[Rows], list[Panel]]
     finding: Callable[[Rows], str]
     claims: Callable[[Rows], list[Claim]]
+    seeds: Sequence[int] = range(5)
 
 
 def file_of(cell: Cell, folder: Path) -> Path:

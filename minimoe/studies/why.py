@@ -252,4 +252,5 @@ STUDY = Study(
     panels=panels,
     finding=finding,
     claims=claims,
+    seeds=range(10),
 )

@@ -1,0 +1,188 @@
+"""Tuning: which settings a learner has on a stream, picked where nothing is tested.
+
+Every learner has the same number of trials on every stream: the roster's own settings, and others
+drawn from all that the roster lets it choose from (`tunes`). Where it has fewer, all of them.
+
+A trial is a whole run on the stream of a seed that no other study has. A quarter of each task's
+training data is held out, and of the base domain's: nothing trains on it, and a trial's value is
+ACC there. Test data are not looked at. The best is what the roster then has on that stream:
+tutorials/pages.py writes it to minimoe/tuned.json.
+"""
+
+import dataclasses
+import functools
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+
+from ..continual import streams
+from ..continual.learn import make_backbone, pretrain, run_stream
+from ..continual.metrics import acc
+from ..continual.stream import Stream, Task
+from ..roster import EPOCHS, ROSTER, Entry, names
+from ..tools.results import Panel, StudyResult
+from .common import STREAMS, cells_of, line, mean
+from .study import Cell, Rows, Study
+from .verdicts import Claim
+
+TRIALS = 8
+HELD_OUT = 0.25
+SEED = 1000
+
+
+def trials(name: str, n: int = TRIALS) -> list[dict[str, Any]]:
+    """The roster's own settings and lr, which are the first of `tunes`, then others, each equally
+    likely."""
+    tunes = ROSTER[name].tunes
+    own, *others = (dict(zip(tunes, each, strict=True)) for each in product(*tunes.values()))
+    random.Random(name).shuffle(others)
+    return [own, *others[: n - 1]]
+
+
+def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
+    rows = {}
+    for stream, tasks in list(STREAMS.items())[: 1 if quick else None]:
+        model = make_backbone(streams.make(stream, 2))
+        for name in filter(lambda name: ROSTER[name].tunes, names(model)):
+            for trial in trials(name, 2 if quick else TRIALS):
+                rows[label_of(stream, name, trial)] = {
+                    "stream": stream,
+                    "tasks": 2 if quick else tasks,
+                    "name": name,
+                    "trial": trial,
+                }
+    return cells_of("tuning", rows, seeds, epochs=1 if quick else EPOCHS)
+
+
+def label_of(stream: str, name: str, trial: Mapping[str, Any]) -> str:
+    return ", ".join([stream, name, *(f"{key} {value:g}" for key, value in trial.items())])
+
+
+def with_trial(entry: Entry, trial: Mapping[str, Any]) -> Entry:
+    """An entry with these settings, and lr, for its own."""
+    settings = {key: trial.get(key, value) for key, value in entry.settings.items()}
+    return dataclasses.replace(entry, settings=settings, lr=trial.get("lr", entry.lr))
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """held: ACC on what is held out; nan if a loss was no number."""
+    stream, backbone = held_out(cell["stream"], cell["tasks"], cell["seed"])
+    entry = with_trial(ROSTER[cell["name"]], cell["trial"])
+    how = {"lr": entry.lr}
+    try:
+        run = run_stream(
+            entry.make, backbone, stream, cell["seed"], cell["epochs"], name=cell["row"], how=how
+        )
+    except FloatingPointError:
+        return {"held": math.nan}
+    return {"held": acc(run.matrix)}
+
+
+@functools.lru_cache(maxsize=2)
+def held_out(name: str, tasks: int, seed: int) -> tuple[Stream, Any]:
+    """A stream that trains on less and is tested on the rest of that, and its backbone, pretrained
+    on less too. Kept for the next cell, so not to be changed."""
+    stream = validation(streams.make(name, tasks, seed), seed)
+    return stream, pretrain(stream, seed)
+
+
+def validation(stream: Stream, seed: int) -> Stream:
+    """The stream whose tests are a quarter of each task's training data, which is held out. Of
+    tasks (and of a base domain) with as many examples these are the same rows."""
+
+    def split(task: Task) -> Task:
+        n = len(task.x_train)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        rest, held = order.split([n - round(HELD_OUT * n), round(HELD_OUT * n)])
+        train, test = ((task.x_train[rows], task.y_train[rows]) for rows in (rest, held))
+        return dataclasses.replace(task, train=train, test=test)
+
+    base = None if stream.base is None else split(stream.base)
+    return dataclasses.replace(stream, tasks=[split(task) for task in stream.tasks], base=base)
+
+
+def chosen(result: StudyResult) -> dict[str, dict[str, dict[str, Any]]]:
+    """By stream and learner, the trial of the largest mean; of equals the first."""
+    best: dict[str, dict[str, dict[str, Any]]] = {}
+    top: dict[tuple[str, str], float] = {}
+    for cell in cells(result.seeds, result.quick):
+        value = result.rows[cell["row"]]["held"].mean if cell["row"] in result.rows else None
+        key = cell["stream"], cell["name"]
+        if value is not None and value > top.get(key, -math.inf):
+            top[key] = value
+            best.setdefault(cell["stream"], {})[cell["name"]] = cell["trial"]
+    return best
+
+
+# What the numbers say
+
+
+def tried(rows: Rows, stream: str) -> dict[str, list[float]]:
+    """The mean of each trial of each learner on a stream, the roster's own first."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        place, name, *_ = row.split(", ")
+        if place == stream:
+            found.setdefault(name, []).append(statistics.fmean(rows[row]["held"]))
+    return found
+
+
+def panels(rows: Rows) -> list[Panel]:
+    """The gain over the roster's own settings."""
+    made = []
+    for stream in STREAMS:
+        if found := tried(rows, stream):
+            gains = {name: gain(means) for name, means in found.items()}
+            made.append(
+                Panel(
+                    title=stream,
+                    xlabel="gain of the best trial, ACC held out",
+                    lines=[line(name, [[value]]) for name, value in gains.items()],
+                    names=list(gains),
+                    kinds=[ROSTER[name].kind for name in gains],
+                )
+            )
+    return made
+
+
+def gain(means: Sequence[float]) -> float:
+    """Of the best trial over the first; nan of the first if that is no number."""
+    return max((value for value in means if not math.isnan(value)), default=math.nan) - means[0]
+
+
+def finding(rows: Rows) -> str:
+    parts = []
+    for stream in STREAMS:
+        gains = {name: gain(means) for name, means in tried(rows, stream).items()}
+        if gains:
+            most = max(gains, key=lambda name: -1.0 if math.isnan(gains[name]) else gains[name])
+            own = f", mora {gains['mora']:.3f}" if "mora" in gains and most != "mora" else ""
+            parts.append(
+                f"on {stream} {mean(list(gains.values()))} (most {most} {gains[most]:.3f}{own})"
+            )
+    return (
+        f"What {TRIALS} trials add to ACC on held-out data, over the settings that a learner would "
+        f"have had anyway, in the mean over learners: {'; '.join(parts)}."
+    )
+
+
+def claims(rows: Rows) -> list[Claim]:
+    """Of the paper's list, none."""
+    return []
+
+
+STUDY = Study(
+    asks="Which settings does each learner have on each stream, of as many trials?",
+    cells=cells,
+    measure=measure,
+    columns={"held": "ACC held out"},
+    panels=panels,
+    finding=finding,
+    claims=claims,
+    seeds=(SEED,),
+)
