@@ -80,8 +80,8 @@ def parser() -> Parser:
         "atlas too",
     )
     add("--seeds", nargs="+", type=int, metavar="N", help="default 0")
-    more = streams.usual_tasks("subspaces")
-    add("--tasks", type=int, metavar="N", help=f"default {usual.tasks}, for subspaces {more}")
+    other = streams.usual_tasks(None)
+    add("--tasks", type=int, metavar="N", help=f"default {other}, for {usual.stream} {usual.tasks}")
     add("--epochs", type=int, metavar="N", help=f"per task, default {EPOCHS}")
     add("--lr", type=float, help="learning rate, default each learner's own")
     add("--batch", type=int, metavar="N", help=f"examples in a batch, default {usual.batch}")
@@ -285,7 +285,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def fresh(given: dict[str, Any]) -> Options:
     """The options of a run that starts, before any of it is made."""
-    usual = streams.usual_tasks(given.get("stream"))
+    usual = streams.usual_tasks(given.get("stream", Options.stream))
     options = Options(**{"tasks": usual, **given})
     seeds = list(dict.fromkeys(options.seeds))
     streams.require_seeds(seeds)

@@ -47,7 +47,7 @@ from .tools.tables import compare_page
 
 def compare(
     out: str | Path,
-    stream: str | Stream | Callable[[int, int], Stream] = "permuted-digits",
+    stream: str | Stream | Callable[[int, int], Stream] = streams.USUAL,
     schemes: Sequence[str] | Mapping[str, Entry] | None = None,
     seeds: Sequence[int] = (0,),
     tasks: int | None = None,
@@ -71,7 +71,7 @@ def compare(
     Args:
         stream, backbone, targets: as Setting says.
         schemes: as `choose` takes them, or what it returns.
-        tasks: how many; by default 5, or all that a Stream has.
+        tasks: how many; by default as streams.usual_tasks says, or all that a Stream has.
         changes: settings other than the roster's, for all schemes that have them.
         done: is told of progress: a label, and how many tasks are newly finished.
         lr, batch, optimiser: of a task's training; lr None: each learner's own (roster.py).

@@ -26,10 +26,10 @@ class Options:
     each learner's own. changes: settings other than the roster's, for all schemes that have them.
     """
 
-    stream: str = "permuted-digits"
+    stream: str = streams.USUAL
     schemes: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
-    tasks: int = 5
+    tasks: int = streams.usual_tasks(streams.USUAL)
     epochs: int = EPOCHS
     lr: float | None = None
     batch: int = BATCH

@@ -19,7 +19,7 @@ from minimoe.laws import LAWS, says
 from minimoe.roster import ROSTER, names
 from minimoe.tools import tables
 
-SMALL = ["--tasks", "3", "--epochs", "2", "--rank", "4"]
+SMALL = ["--stream", "permuted-digits", "--tasks", "3", "--epochs", "2", "--rank", "4"]
 
 
 def minimoe(*args, cwd):
@@ -207,11 +207,11 @@ BAD = [
     (["compare", "--device", "cuda:99"], "device is 'cuda:99', allowed here: cpu"),
     (["compare", "--top-k", "0"], "top_k is 0, allowed: 1 or more"),
     (["compare", "--top-k", "-2"], "top_k is -2, allowed: 1 or more"),
-    (["compare", "--rank", "65"], "rank is 65, allowed for this layer: 1 to 64"),
+    (["compare", "--rank", "65"], "rank is 65, allowed for this layer: 1 to 32"),
     (["compare", "--tau", "0"], "tau is 0.0, allowed: above 0"),
     (["compare", "--tau", "-1"], "tau is -1.0, allowed: above 0"),
     (["compare", "--tau", "warm"], "argument --tau: invalid float value: 'warm'"),
-    (["compare", "--tasks", "0"], "tasks is 0, allowed for permuted-digits"),
+    (["compare", "--tasks", "0"], "tasks is 0, allowed for subspaces"),
     (
         ["compare", "--stream", "split-digits", "--tasks", "6"],
         "tasks is 6, allowed for split-digits",

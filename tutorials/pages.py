@@ -60,13 +60,13 @@ def accuracies() -> str:
     """All but the atlas that live in its backbone, by findings/atlas.json, without some that others
     stand for; a dash where the study has not run yet."""
     atlas = StudyResult.read(HERE / "findings" / "atlas.json")
-    streams = [name.removeprefix("acc ") for name in atlas.columns if name.startswith("acc ")]
+    streams = list(dict.fromkeys(row.split(", ")[0] for row in atlas.rows))
     lines = [f"| final accuracy | {' | '.join(streams)} |", "|---" * (len(streams) + 1) + "|"]
     for name in names(Backbone(), "scheme", "baseline", "privileged"):
         if name in ("zero_shot", "class_mean", "head_only", "replay_80"):
             continue
-        row = atlas.rows.get(name)
-        cells = ["–" if row is None else spread(row[f"acc {s}"]) for s in streams]
+        rows = [atlas.rows.get(f"{stream}, {name}") for stream in streams]
+        cells = ["–" if row is None else spread(row["acc"]) for row in rows]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from .stream import Stream, Task
 from .subspaces import TASKS, subspaces
 from .texts import texts
 
-__all__ = ["STREAMS", "Stream", "Task", "make", "require_seeds", "shows", "usual_tasks"]
+__all__ = ["STREAMS", "USUAL", "Stream", "Task", "make", "require_seeds", "shows", "usual_tasks"]
 
 MOST_SEED = 2**32 - 1  # scikit-learn's
 MOST_TASKS = 1000
@@ -48,6 +48,9 @@ STREAMS: dict[str, Callable[[int, int], Stream]] = {
 def usual_tasks(stream: object) -> int:
     """How many tasks a run takes of a stream, by name or not, if it does not say."""
     return TASKS if stream == "subspaces" else 5
+
+
+USUAL = "subspaces"  # the stream of a run that names none: a minute, and it needs a gate
 
 
 def make(name: str, tasks: int = 5, seed: int = 0) -> Stream:

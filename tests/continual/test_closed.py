@@ -215,7 +215,7 @@ def test_tasks_in_any_order_give_the_same(name, real):
 def weights(learner):
     """What it has solved for, and the means in an order of their own."""
     if isinstance(learner, Ridge):
-        return [closed.ridge(learner.G, learner.C)]
+        return [closed.ridge(learner.G, learner.C, 1.0)]
     if isinstance(learner, OwnSubspace):  # without the directions' signs
         every = [learner.U @ learner.U.mT, learner.U @ learner.W]
         return [each[every[0][:, 0, 0].argsort()] for each in every]

@@ -155,13 +155,15 @@ def test_compare_shows_closed_forms_and_takes_eight_subspaces(tmp_path):
 def test_a_run_of_subspaces_has_eight_tasks_unless_it_says_otherwise():
     assert fresh({"stream": "subspaces"}).tasks == 8
     assert fresh({"stream": "subspaces", "tasks": 3}).tasks == 3
-    assert fresh({"stream": "clusters"}).tasks == fresh({}).tasks == 5
+    assert fresh({"stream": "clusters"}).tasks == 5
+    assert (fresh({}).stream, fresh({}).tasks) == ("subspaces", 8)
     for name, tasks, more in (
         ("subspaces", 8, ""),
         ("subspaces", 5, " --tasks 5"),
         ("clusters", 5, ""),
     ):
         run = Options(name, ["lora"], tasks=tasks)
-        assert run.command(["lora"]) == f"minimoe compare --stream {name}{more}"
+        named = "" if name == "subspaces" else f" --stream {name}"  # the default is not named
+        assert run.command(["lora"]) == f"minimoe compare{named}{more}"
         assert run.extended({}).tasks == tasks  # resumed
     assert Options("subspaces", ["lora"], tasks=8).extended({"tasks": 9}).tasks == 9

@@ -284,8 +284,8 @@ def test_the_cells_of_a_study(name, quick, tmp_path):
     assert {cell["seed"] for cell in cells} == {0, 1}
     assert len({(cell["row"], cell.get("repeat", 0)) for cell in cells}) == len(cells) / 2
     for cell in cells:
-        if name == "atlas":
-            assert cell["row"] in ROSTER and set(cell["streams"]) <= set(STREAMS)
+        if name in ("atlas", "tuning"):
+            assert cell["name"] in ROSTER and cell["stream"] in STREAMS
         elif name == "memory":
             assert cell["method"] in memory.METHODS and cell["stream"] in STREAMS
         elif name == "tokens":
@@ -319,7 +319,10 @@ def test_the_words_of_a_finding_follow_the_numbers(name):
     differing = [
         up.verdict != down.verdict for up, down in zip(rising.claims, falling.claims, strict=True)
     ]
-    assert any(differing) or name in ("atlas", "memory")  # which bear on none of the paper's claims
+    assert any(differing) or name in (
+        "tuning",
+        "memory",
+    )  # which bear on none of the paper's claims
     assert rising.core_minutes == len(cells)
     page = findings([rising])
     assert rising.command == command(name, [0, 1, 2], False) and rising.command in page
@@ -343,36 +346,29 @@ def test_an_unknown_study_writes_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_an_atlas_cell_is_what_compare_has(tmp_path):
-    cell = {
-        "study": "atlas",
-        "row": "sema",
-        "seed": 1,
-        "epochs": 2,
-        "settings": {"rank": 8, "scale": 1.0},
-    }
-    found = atlas.measure(cell | {"streams": {"rotated-digits": 2}})
-    result = compare(tmp_path, "rotated-digits", ["sema"], [1], tasks=2, epochs=2)
-    for measure in ("acc", "forgetting"):
-        mean = result.schemes["sema"][measure].mean
-        assert found[f"{measure} rotated-digits"] == mean
-        assert math.isnan(found[f"{measure} split-digits"])
+    cells = [c for c in atlas.cells([1], False) if c["row"] == "rotated-digits, sema"]
+    found = atlas.measure(cells[0] | {"tasks": 2, "epochs": 2})
+    scheme = compare(tmp_path, "rotated-digits", ["sema"], [1], tasks=2, epochs=2).schemes["sema"]
+    for measure in ("acc", "plasticity", "forgetting"):
+        assert found[measure] == scheme[measure].mean
+    for name in ("stored", "read", "speaking"):
+        assert found[name] == getattr(scheme, name)
 
 
 def test_the_atlas_says_who_is_first_and_who_is_not_told_from_it():
-    rest = [name for name in ROSTER if name != "mora"]
-    cells = [{"row": name, "seed": seed} for name in ["mora", *rest] for seed in (0, 1, 2)]
-    base = dict.fromkeys((f"acc {n}" for n in atlas.STREAMS), math.nan)
+    cells = [
+        {"row": f"split-digits, {name}", "name": name, "seed": seed}
+        for name in ROSTER
+        for seed in (0, 1, 2)
+    ]
     accs = {"olora": [0.9, 0.91, 0.92], "ewc": [0.7, 0.9, 1.0], "mora": [0.8, 0.81, 0.82]}
     accs["joint"] = [1.0, 1.0, 1.0]  # sees all at once, and so is not in the race
-    found = [
-        base | {"acc split-digits": accs.get(cell["row"], [0.1, 0.11, 0.12])[cell["seed"]]}
-        for cell in cells
-    ]
+    found = [{"acc": accs.get(c["name"], [0.1, 0.11, 0.12])[c["seed"]]} for c in cells]
     racing = sum(entry.kind != "privileged" for entry in ROSTER.values())
     said = atlas.finding(Rows(cells, found))
     assert said == (
-        f"First of {racing} that are not told the task or shown all at once: on split-digits olora "
-        "(.910, its lead not supported over ewc; mora .810, no. 3)."
+        "First of those that are not told the task or shown all at once: on split-digits olora "
+        f"(.910, its lead not supported over ewc; mora .810, no. 3 of {racing})."
     )
 
 

@@ -204,18 +204,20 @@ def test_a_repeat_is_the_same_run_but_for_rounding():
 def test_an_atlas_repeats_what_its_sums_move(monkeypatch):
     cells = atlas.cells([0, 1], quick=False)
     repeats = [cell for cell in cells if "repeat" in cell]
-    assert len(repeats) == 2 / 3 * len(cells)
-    assert all(list(cell["streams"]) == ["digit-worlds"] for cell in repeats)
+    once = [cell for cell in cells if cell["stream"] == "digit-worlds" and "repeat" not in cell]
+    assert len(repeats) == 2 * len(once) and once
+    assert all(cell["stream"] == "digit-worlds" for cell in repeats)
     assert not any("repeat" in cell for cell in atlas.cells([0, 1], quick=True))
     heard = []
 
     def told(make, backbone, stream, *rest, how, **more):
         heard.append((how, dict(stream.pretraining)))
-        return type("Run", (), {"matrix": [[0.1], [0.5]]})
+        counts = dict.fromkeys(("stored", "read", "speaking"), 1)
+        return type("Run", (), {"matrix": [[0.1], [0.5]], **counts})
 
     monkeypatch.setattr(atlas, "run_stream", told)
-    cell = repeats[0] | {"streams": {"permuted-digits": 1}}
+    cell = repeats[0] | {"stream": "permuted-digits", "tasks": 1}
     for repeat, how in ((0, {}), (2, {"rows": 2})):
-        assert atlas.measure(cell | {"repeat": repeat})["acc permuted-digits"] == 0.5
+        assert atlas.measure(cell | {"repeat": repeat})["acc"] == 0.5
         trained, pretrained = heard.pop()
-        assert trained == how and pretrained.get("rows", 0) == repeat
+        assert trained == {"lr": cell["lr"]} | how and pretrained.get("rows", 0) == repeat
