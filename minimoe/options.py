@@ -58,10 +58,13 @@ class Options:
         if tasks < self.tasks:
             raise ValueError(f"tasks is {tasks}, allowed in this run: {self.tasks} or more")
         for name in FIXED:
-            _require_same(name, given.get(name), {getattr(self, name)})
+            had = getattr(self, name)
+            each = name == "lr" and had is None
+            _require_same(name, given.get(name), {"each learner's own" if each else had})
+        stream = None if self.backbone or self.targets else self.stream
+        ran = [name for name in ROSTER if name in self.schemes] or list(ROSTER)
         for name, value in given.get("changes", {}).items():
-            own = None if self.backbone or self.targets else self.stream
-            entries = [entry_on(each, own).settings for each in ROSTER]
+            entries = [entry_on(scheme, stream).settings for scheme in ran]
             usual = {settings[name] for settings in entries if name in settings}
             _require_same(name, value, {self.changes[name]} if name in self.changes else usual)
         seed = self.seeds[0]

@@ -309,7 +309,7 @@ assert min(rows[name].plasticity.mean for name in interference) > 0.7  # all thr
 
 
 # %%
-stored = CompareResult.read("results/compare.json").schemes
+stored = CompareResult.read("results/permuted.json").schemes
 figure, grid = plt.subplots(1, 3, figsize=(8, 2.7), sharey=True)
 own = {}
 for axes, name in zip(grid, ("lora_grown", "lora_moe", "mora"), strict=True):

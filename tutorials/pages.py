@@ -2,7 +2,8 @@
 
 Of the stored results (results/*.json, findings/*.json): results/*.md, findings/findings.md, and in
 ../README.md the table of accuracies. The commands write such pages beside their results; this one
-writes those that are stored here, after a scheme or a result was added. The tests hold the stored
+writes those that are stored here, after a scheme or a result was added. And of findings/tuning.json
+the settings that the package has on its streams, ../minimoe/tuned.json. The tests hold the stored
 pages to it.
 """
 
@@ -13,17 +14,17 @@ from pathlib import Path
 from minimoe.bench import page as bench_page
 from minimoe.bench import read as read_bench
 from minimoe.continual.backbones import Backbone
-from minimoe.roster import names
-from minimoe.studies import STUDIES, stored
-from minimoe.tools.files import write_atomic
+from minimoe.roster import TUNED, names
+from minimoe.studies import STUDIES, stored, tuning
+from minimoe.tools.files import read_json, write_atomic, write_json
 from minimoe.tools.results import CompareResult, StudyResult
 from minimoe.tools.tables import compare_page, findings, short
 
 HERE = Path(__file__).parent
 RESULTS = {  # name: the command that made it, and the pictures that are stored with it
     "compare": ("minimoe compare", ["compare.png", "gates.png"]),
+    "permuted": ("minimoe compare --stream permuted-digits", []),
     "planted": ("minimoe compare --stream planted --seeds 0 1 2", []),
-    "unseen-seeds": ("minimoe compare --schemes lora lora_moe mora --seeds 3 4 5 6 7", []),
 }
 BENCH = "minimoe bench --repeats 7"
 
@@ -72,10 +73,21 @@ def accuracies() -> str:
 
 
 def spread(value) -> str:
-    return "–" if value.mean is None else f"{short(value.mean)} ± {short(value.std)}"
+    return "–" if value.mean is None else f"{short(value.mean)} ± {short(value.half)}"
+
+
+def settings() -> dict:
+    """What tuned.json should hold."""
+    result = stored(HERE / "findings", "tuning")
+    if result is None:
+        return {"settings": {}}
+    return {"command": result.command, "code": result.code, "settings": tuning.chosen(result)}
 
 
 def main() -> int:
+    if read_json(TUNED, "tuned", mend="")[1] != settings():
+        write_json(TUNED, "tuned", settings())
+        print(TUNED.relative_to(HERE.parent))
     for path, text in pages().items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text.encode())

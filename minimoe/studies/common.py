@@ -19,7 +19,7 @@ from ..continual.learn import AdapterLearner, pretrain, run_stream
 from ..continual.metrics import acc, bwt, plasticity
 from ..continual.probe import PROBLEMS
 from ..roster import ROSTER, SCHEMES
-from ..tools.results import Line
+from ..tools.results import Line, half_interval
 from ..tools.tables import PROBLEMS as HEADS
 from ..tools.tables import short
 from .study import Cell, Rows
@@ -165,17 +165,10 @@ def beside(more: Values, less: Values) -> str:
     return "level with" if up == down == "refuted" else "not told from"
 
 
-def half_interval(values: Values) -> float:
-    """Half the width of the 95 % interval of their mean; of one seed nan."""
-    low, high = Comparison("", values, [0.0] * len(values)).interval
-    return (high - low) / 2
-
-
 def line(label: str, seeds: Sequence[Values]) -> Line:
     """One line of a panel, of values (seeds, x)."""
-    values = np.array(seeds, dtype=float)
-    std = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-    return Line(label, values.mean(0).tolist(), std.tolist())
+    half = [half_interval(at) for at in zip(*seeds, strict=True)]
+    return Line(label, np.mean(seeds, 0).tolist(), half)
 
 
 def across(rows: Rows, labels: Sequence[str], measure: str) -> list[Values]:

@@ -24,8 +24,8 @@ from ..continual.learn import AdapterLearner, Learner, run_stream
 from ..continual.metrics import acc
 from ..continual.replay import Replay
 from ..roster import EPOCHS, ROSTER
-from ..tools.results import Line, Panel
-from .common import beside, cells_of, half_interval, mean, stream_and_backbone
+from ..tools.results import Line, Panel, half_interval
+from .common import beside, cells_of, mean, stream_and_backbone
 from .study import Cell, Rows, Study
 from .verdicts import Claim, Values
 from .why import Factored

@@ -162,7 +162,7 @@ BENCH_COLUMNS = (("forward", "forward"), ("training", "training step"))
 
 
 def plot_study(result: StudyResult, path: Path) -> None:
-    """A study's panels: lines of means over seeds, and ± one standard deviation; or, where a panel
+    """A study's panels: lines of means over seeds, and their 95 % intervals; or, where a panel
     names its rows, a point for each."""
     panels = result.panels
     if panels[0].names:
@@ -175,13 +175,13 @@ def plot_study(result: StudyResult, path: Path) -> None:
     for axes, panel in zip(grid, panels, strict=False):
         x = np.array(panel.x or [], dtype=float)  # none: each line has its own
         for i, line in enumerate(panel.lines):
-            mean, std = np.array(line.mean, dtype=float), np.array(line.std, dtype=float)
+            mean, half = np.array(line.mean, dtype=float), np.array(line.half, dtype=float)
             style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             if i >= len(COLOURS):  # a second round: dashed and hollow
                 style |= {"ls": "--", "mfc": "white"}
             at = x if line.x is None else np.array(line.x)
             axes.plot(at, mean, label=line.label, markersize=4, lw=1.6, **style)
-            axes.fill_between(at, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
+            axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.15, lw=0)
         if panel.log:
             axes.set_xscale("log")
         if panel.x is not None and (panel.log or len(x) <= 7):
@@ -212,7 +212,7 @@ def _question(result: StudyResult, figure: Figure) -> str:
 
 
 def _plot_points(result: StudyResult, path: Path) -> None:
-    """Rows from the top down, panels side by side, means and ± one standard deviation."""
+    """Rows from the top down, panels side by side, means and 95 % intervals."""
     panels = result.panels
     most = max(len(panel.names or []) for panel in panels)
     same = all(panel.names == panels[0].names for panel in panels)
@@ -223,9 +223,12 @@ def _plot_points(result: StudyResult, path: Path) -> None:
         names, kinds = panel.names or [], panel.kinds or []
         for i, kind in enumerate(dict.fromkeys(kinds)):
             at = [y for y, other in enumerate(kinds) if other == kind]
-            mean, std = ([panel.lines[y].mean[0] for y in at], [panel.lines[y].std[0] for y in at])
+            mean, half = (
+                [panel.lines[y].mean[0] for y in at],
+                [panel.lines[y].half[0] for y in at],
+            )
             style: Any = {"fmt": MARKERS[i], "color": COLOURS[i], "ms": 6, "capsize": 3}
-            axes.errorbar(mean, at, xerr=std, label=kind, **style)
+            axes.errorbar(mean, at, xerr=half, label=kind, **style)
         axes.set(title=panel.title, xlabel=panel.xlabel)
         if min(line.mean[0] or 0 for line in panel.lines) < 0:  # differences
             axes.axvline(0, color="black", lw=0.8)

@@ -6,12 +6,13 @@ Numbers that say nothing are nan in Python, and null in JSON, which has no nan.
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from scipy.special import stdtrit
 
 from .files import read_json
 
@@ -44,6 +45,15 @@ class Spread:
         return cls(statistics.fmean(values), std, **more)
 
 
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean of n values, t s / √n, t of n - 1 degrees; of
+    one value nan."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    return float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+
+
 @dataclass(frozen=True)
 class Sample(Spread):
     """A spread, and the values themselves, by seed. repeats: those of the same runs with their sums
@@ -51,6 +61,12 @@ class Sample(Spread):
 
     values: list[float | None]
     repeats: list[list[float | None]] | None = None
+
+    @property
+    def half(self) -> float | None:
+        """`half_interval`; None where there is none."""
+        values = [value for value in self.values if value is not None]
+        return None if self.std is None else half_interval(values)
 
 
 @dataclass(frozen=True)
@@ -154,12 +170,12 @@ def _require_shape(what: str, array: Any, shape: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel: means over seeds, and standard deviations (or what the panel says), at
-    each of the panel's x, or of its own."""
+    """One line of a panel: means over seeds, and half the widths of their 95 % intervals, at each
+    of the panel's x, or of its own."""
 
     label: str
     mean: list[Number]
-    std: list[Number]
+    half: list[Number]
     x: list[float] | None = None
     __pydantic_config__ = EXACT
 
@@ -260,7 +276,7 @@ class StudyResult:
                 if along is None and not names:
                     raise ValueError(f"{panel.title}, {line.label}: has nothing along it")
                 wanted = 1 if names else len(along or [])
-                if not len(line.mean) == len(line.std) == wanted:
+                if not len(line.mean) == len(line.half) == wanted:
                     raise ValueError(f"{panel.title}, {line.label}: not {wanted} numbers")
         return result
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .results import CompareResult, Reachable, Spread, StudyResult
+from .results import CompareResult, Reachable, Sample, Spread, StudyResult
 
 COLUMNS = {
     "acc": "ACC",
@@ -66,10 +66,12 @@ def probability(p: float) -> str:
 
 
 def cell(spread: Spread) -> str:
-    """.947±.011; a dash where there is nothing to say."""
+    """.947±.011, the standard deviation, or of a Sample half its interval; a dash where there is
+    nothing to say."""
     if spread.mean is None:
         return "–"
-    return short(spread.mean) + ("" if spread.std is None else f"±{short(spread.std)}")
+    beside = spread.half if isinstance(spread, Sample) else spread.std
+    return short(spread.mean) + ("" if beside is None else f"±{short(beside)}")
 
 
 def aligned(
@@ -192,7 +194,7 @@ A claim is supported if every comparison of it is; refuted if none is supported 
 are refuted; **conflicting** if some are supported and others refuted; else inconclusive.
 
 Sentences say above, below or level with by the same rule, of that one comparison alone. Tables give
-means ± standard deviations over seeds.
+means ± half of their 95 % intervals over seeds.
 """
 SEEDS_ALONE = """\
 The spread between machines is in no interval here: nothing was run again, its sums in another
@@ -202,7 +204,7 @@ The intervals of {} hold the spread between machines: runs again, their sums in 
 
 
 def study_table(result: StudyResult, width: int | None = None) -> str:
-    """A study as text for a terminal, means ± sample standard deviations over seeds."""
+    """A study as text for a terminal, means ± half of their 95 % intervals over seeds."""
     lines = [["", *result.columns.values()]]
     for label, row in result.rows.items():
         lines.append([label, *(_number(row[measure]) for measure in result.columns)])
