@@ -3,8 +3,8 @@
     u = LN(x), all numbers of an input in a row; or LN of the frozen backbone's features of x
     h = relu(P [u, 1])                      P (M, D + 1) random, N(0, 1 / D), never trained
 
-Where answers are real, a size counts: u is then x itself, and h has [u, 1] beside. A class is
-answered as its row of the unit matrix.
+Where answers are real, a size counts: u is then x itself, and h has [u, 1] beside. With M 0, h is
+[u, 1]. A class is answered as its row of the unit matrix.
 
     Ridge       W = (Σ h hᵀ + λ I)⁻¹ Σ h yᵀ     answer hᵀ W      sums over all examples of all tasks
     OwnRidge    W_t, the same over task t alone; answered by the task whose mean of u is nearest
@@ -51,6 +51,7 @@ class ClosedForm(Learner):
     def __init__(self, model: Any, stream: Stream, M: int, frozen: bool):
         super().__init__(model)
         self.frozen, self.M, self.real = frozen, M, stream.real
+        self.linear = self.real or M == 0  # whether h has [u, 1]
         self.device = next(model.parameters()).device
         x, y = next(data.batches(stream.tasks[0].train, 1, device=self.device))
         if not frozen and not (isinstance(x, Tensor) and x.is_floating_point()):
@@ -79,12 +80,12 @@ class ClosedForm(Learner):
         """h (N, M), or (N, M + D + 1)."""
         u = F.pad(u, (0, 1), value=1.0)
         h = F.relu(u @ self.P.T)
-        return torch.cat([u, h], 1) if self.real else h
+        return torch.cat([u, h], 1) if self.linear else h
 
     @property
     def width(self) -> int:
         """The size of h."""
-        return self.M + (self.D + 1) * self.real
+        return self.M + (self.D + 1) * self.linear
 
     def seen(self, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
         """u (N, D) and answers (N, O) of a task's examples, in batches."""

@@ -10,20 +10,22 @@ A method is a curve over the size that it may choose:
 
 Stored is all that must be kept to learn the next task and to answer: adapters, their frozen rows,
 buffers, sums; and the frozen backbone, where a method needs it. Closed forms on inputs need none.
-On subspaces and clusters W0 is 0, and the backbone costs nothing.
+On subspaces and clusters W0 is 0, and the backbone costs nothing. All have the settings that were
+tuned at the roster's size (tuning.py); by size and of blocks those of mora.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..continual.closed import LDA, OwnRidge, OwnSubspace, Ridge
-from ..continual.learn import AdapterLearner, Learner, run_stream
+from ..continual import streams
+from ..continual.closed import LDA
+from ..continual.learn import AdapterLearner, Learner, make_backbone, run_stream
 from ..continual.metrics import acc
-from ..continual.replay import Replay
-from ..roster import EPOCHS, ROSTER
+from ..roster import EPOCHS, ROSTER, entry_on, names
 from ..tools.results import Line, Panel, half_interval
 from .common import beside, cells_of, mean, stream_and_backbone
 from .study import Cell, Rows, Study
@@ -35,73 +37,73 @@ TASKS = {"subspaces": 8, "clusters": 5, "rotated-digits": 5, "split-digits": 5}
 
 @dataclass(frozen=True)
 class Method:
-    """make(model, stream, **{knob: size}) for each of the sizes; frozen: whether it needs the
-    backbone; real: whether it can answer real numbers too, and not only classes."""
+    """A learner at each of the sizes. name: of the roster, whose settings tuned on the stream it
+    has; make(model, stream, **settings): if not as the roster does; knob: the setting that is its
+    size; frozen: whether it needs the backbone."""
 
-    make: Callable[..., Learner]
+    name: str
     knob: str
     sizes: Sequence[int]
+    make: Callable[..., Learner] | None = None
     frozen: bool = True
-    real: bool = True
 
-
-def of(name: str, **settings: Any) -> Callable[..., Learner]:
-    """What makes the roster's learner of that name, with these settings instead."""
-    return partial(ROSTER[name].make, **settings)
+    def learner(self, size: int, settings: Mapping[str, Any]) -> Callable[..., Learner]:
+        settings = {**settings, self.knob: size}
+        if self.make is None:
+            return dataclasses.replace(ROSTER[self.name], settings=settings).make
+        return partial(self.make, **settings)
 
 
 def by_size(model: Any, stream: Any, **settings: Any) -> Learner:
-    """MoRA without delta, its score the size of s and not s."""
-    return AdapterLearner(model, Factored, score="size", top_k=8, **settings)
+    """MoRA, its score the size of s and not s."""
+    return AdapterLearner(model, Factored, score="size", **settings)
 
 
 def of_blocks(model: Any, stream: Any, **settings: Any) -> Learner:
-    """MoRA without delta, of whole LoRAs: a task's block is one expert, and scores ‖z_e‖ / ‖z‖."""
-    return AdapterLearner(model, Factored, grain="block", top_k=2, **settings)
+    """MoRA of whole LoRAs: a task's block is one expert, and scores ‖z_e‖ / ‖z‖; two speak."""
+    return AdapterLearner(model, Factored, grain="block", **{**settings, "top_k": 2})
 
 
-def replay(model: Any, stream: Any, keep: int) -> Learner:
-    return Replay(model, keep=keep, rank=8)
-
-
-def lda(model: Any, stream: Any, means: int) -> Learner:
+def lda(model: Any, stream: Any, means: int, shrink: float) -> Learner:
     """It has no size to choose: a mean for each class and task."""
-    return LDA(model, stream)
+    return LDA(model, stream, shrink=shrink)
 
 
 RANKS = (2, 8, 16)
 METHODS: dict[str, Method] = {
-    "lora": Method(of("lora"), "rank", (8,)),
-    "lora_moe": Method(of("lora_moe"), "rank", RANKS),
-    "mora": Method(of("mora", delta=-1.0), "rank", RANKS),
-    "mora by size": Method(by_size, "rank", RANKS),
-    "mora of blocks": Method(of_blocks, "rank", RANKS),
-    "mora_detached": Method(of("mora_detached", delta=-1.0), "rank", (8,)),
-    "alone": Method(of("alone"), "rank", RANKS),
-    "replay": Method(replay, "keep", (20, 80)),
-    "ridge": Method(Ridge, "M", (50, 150, 300, 1000), frozen=False),
-    "own_ridge": Method(OwnRidge, "M", (0, 50, 200, 400), frozen=False),
-    "own_subspace": Method(OwnSubspace, "m", (2, 4, 8, 16), frozen=False),
-    "lda": Method(lda, "means", (1,), frozen=False, real=False),
-    "oracle": Method(of("oracle"), "rank", (8,)),
-    "joint": Method(of("joint"), "rank", (8,)),
+    "lora": Method("lora", "rank", (8,)),
+    "lora_moe": Method("lora_moe", "rank", RANKS),
+    "mora": Method("mora", "rank", RANKS),
+    "mora by size": Method("mora", "rank", RANKS, by_size),
+    "mora of blocks": Method("mora", "rank", RANKS, of_blocks),
+    "mora_detached": Method("mora_detached", "rank", (8,)),
+    "alone": Method("alone", "rank", RANKS),
+    "replay": Method("replay_80", "keep", (20, 80)),
+    "ridge": Method("ridge", "M", (50, 150, 300, 1000), frozen=False),
+    "own_ridge": Method("own_ridge", "M", (0, 50, 200, 400), frozen=False),
+    "own_subspace": Method("own_subspace", "m", (2, 4, 8, 16), frozen=False),
+    "lda": Method("lda", "means", (1,), lda, frozen=False),
+    "oracle": Method("oracle", "rank", (8,)),
+    "joint": Method("joint", "rank", (8,)),
 }
 
 
 def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
     made = []
     for stream, tasks in list(TASKS.items())[: 1 if quick else None]:
-        rows = {
-            label_of(stream, name, size): {
-                "stream": stream,
-                "tasks": 3 if quick else tasks,
-                "method": name,
-                "size": size,
-            }
-            for name, method in METHODS.items()
-            if method.real or "digits" in stream
-            for size in method.sizes
-        }
+        rows, known = {}, names(make_backbone(streams.make(stream, 1)))
+        for name, method in METHODS.items():
+            if method.name in known:
+                entry = entry_on(method.name, stream)
+                for size in method.sizes:
+                    rows[label_of(stream, name, size)] = {
+                        "stream": stream,
+                        "tasks": 3 if quick else tasks,
+                        "method": name,
+                        "size": size,
+                        "settings": dict(entry.settings),
+                        "lr": entry.lr,
+                    }
         made += cells_of("memory", rows, seeds, epochs=2 if quick else EPOCHS)
     return made
 
@@ -114,14 +116,14 @@ def measure(cell: Cell) -> dict[str, Any]:
     """acc; stored, without the backbone; whole, with it where it is needed."""
     stream, backbone = stream_and_backbone(cell["stream"], cell["tasks"], cell["seed"])
     method = METHODS[cell["method"]]
-    size = {method.knob: cell["size"]}
     run = run_stream(
-        lambda model, stream: method.make(model, stream, **size),
+        method.learner(cell["size"], cell["settings"]),
         backbone,
         stream,
         cell["seed"],
         cell["epochs"],
         name=f"{cell['row']}, seed {cell['seed']}",
+        how={"lr": cell["lr"]},
     )
     frozen = sum(int(p.count_nonzero() > 0) * p.numel() for p in backbone.parameters())
     return {

@@ -294,6 +294,7 @@ def heat_map(
         if not np.isnan(entry):
             colour = "black" if entry > low + 0.55 * (high - low) else "white"
             said = f"{100 * entry:.0f}" if limits == (0, 1) else f"{entry:.1f}"
+            said = "" if limits == (0, 1) and entry < -0.995 else said  # too wide, and dark enough
             axes.text(j, i, said, ha="center", va="center", color=colour, size=7)
     axes.set_title(name, fontsize=9)
     axes.set_xticks(range(matrix.shape[1]), [str(j + 1) for j in range(matrix.shape[1])])

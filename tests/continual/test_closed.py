@@ -44,13 +44,13 @@ def small(real=False, tasks=3):
     return Stream("small", made, classes=None if real else 4)
 
 
-def learned(name, stream, order=None, model=None):
+def learned(name, stream, order=None, model=None, **settings):
     """A learner of one of NAMES, after the tasks in that order."""
     torch.manual_seed(5)
     model = model or (Linear(5, 2) if stream.real else Backbone(4, (5, 7, 7, 6)))
     frozen = {"frozen": True} if name.endswith("_features") else {}
     torch.manual_seed(6)
-    learner = FORMS[name.removesuffix("_features")](model, stream, **frozen)
+    learner = FORMS[name.removesuffix("_features")](model, stream, **frozen, **settings)
     for t in range(len(stream.tasks)) if order is None else order:
         learner.learn(stream, t, None)
     return learner
@@ -61,11 +61,11 @@ def layer_norm(u):
 
 
 def lifted(learner, u):
-    """h of one u: relu(P [u, 1]), and behind [u, 1] where answers are real."""
+    """h of one u: relu(P [u, 1]), and behind [u, 1] where answers are real, or nothing else is."""
     u = [*u, 1.0]
     P = learner.P.numpy()
     h = [max(0.0, sum(P[m, d] * u[d] for d in range(len(u)))) for m in range(len(P))]
-    return np.array([*u, *h] if learner.real else h)
+    return np.array([*u, *h] if learner.real or not h else h)
 
 
 def read(learner, x):
@@ -73,9 +73,9 @@ def read(learner, x):
     return np.array(x if learner.real else layer_norm(x))
 
 
-def solved(pairs, width, O):
+def solved(pairs, width, O, penalty=1.0):
     """(Σ h hᵀ + λ I)⁻¹ Σ h yᵀ."""
-    G, C = 1.0 * np.eye(width), np.zeros((width, O))
+    G, C = penalty * np.eye(width), np.zeros((width, O))
     for h, y in pairs:
         for i in range(width):
             for j in range(width):
@@ -92,12 +92,14 @@ def pairs_of(learner, task):
         yield lifted(learner, u), target
 
 
+@pytest.mark.parametrize("penalty", [1.0, 20.0])
+@pytest.mark.parametrize("M", [9, 0])
 @pytest.mark.parametrize("real", [False, True])
-def test_ridge_is_the_loop_written_out(real):
+def test_ridge_is_the_loop_written_out(real, M, penalty):
     stream = small(real)
-    learner = learned("ridge", stream)
+    learner = learned("ridge", stream, M=M, penalty=penalty)
     every = [pair for task in stream.tasks for pair in pairs_of(learner, task)]
-    W = solved(every, 9 + 6 * real, 2 if real else 4)
+    W = solved(every, M + 6 * (real or M == 0), 2 if real else 4, penalty)
     for task in stream.tasks:
         got = learner.predict(task.x_test, 0)
         want = [lifted(learner, read(learner, x)) @ W for x in task.x_test]
@@ -382,3 +384,14 @@ def test_frozen_features_may_be_of_dictionaries():
     one = learned("ridge_features", plain, model=model)
     other = learned("ridge_features", dataclasses.replace(plain, tasks=named), model=model)
     assert torch.equal(one.G, other.G) and data.count(named[0].train[0]) == 23
+
+
+@pytest.mark.parametrize("make", [Ridge, OwnRidge, OwnSubspace])
+def test_a_penalty_is_above_0(make):
+    with pytest.raises(ValueError, match=r"penalty is 0\.0, allowed: above 0"):
+        make(Linear(5, 2), small(True), penalty=0.0)
+
+
+def test_a_shrinkage_is_above_0():
+    with pytest.raises(ValueError, match=r"shrink is -1\.0, allowed: above 0"):
+        LDA(Backbone(4, (5, 7, 7, 6)), small(), shrink=-1.0)
