@@ -1,5 +1,10 @@
-"""Growth: thirty tasks, one after the other: accuracy, drift, and what a step costs by then."""
+"""Growth: fifty tasks, one after the other: accuracy, drift, and what a step costs by then.
 
+The first twenty are the tasks of a stream of twenty. Beside the gates stand closed forms
+(closed.py), which take no steps and have no layers that could drift.
+"""
+
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +17,9 @@ from ..adapt import adapt, context, count, grow, parameters
 from ..bench.clock import Clock
 from ..continual.backbones import Backbone
 from ..continual.digits import CLASSES
-from ..continual.learn import BATCH
-from ..roster import EPOCHS, SCHEMES
+from ..continual.learn import BATCH, run_stream
+from ..continual.metrics import acc, bwt, plasticity
+from ..roster import EPOCHS, ROSTER, SCHEMES
 from ..tools.results import Panel
 from .common import (
     COLUMNS,
@@ -28,16 +34,27 @@ from .common import (
     cells_of,
     line,
     mean,
+    stream_and_backbone,
+    with_settings,
 )
 from .study import Cell, Rows, Study
 from .verdicts import Claim, Comparison
 
-ARMS = {"lora": LORA, "lora_grown": GROWN, "lora_moe": MOE, "mora": MORA}
+ARMS = {
+    "lora": LORA,
+    "lora_grown": GROWN,
+    "lora_moe": MOE,
+    "mora": MORA,
+    "mora_detached": with_settings(MORA, detach_gate=True),
+}
+CLOSED = ("ridge", "own_ridge")
+TASKS, EARLY = 50, 20
 
 
 def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
-    start = {"stream": PERMUTED, "tasks": 4 if quick else 30}
+    start = {"stream": PERMUTED, "tasks": 4 if quick else TASKS}
     rows = {name: start | arm for name, arm in ARMS.items()}
+    rows |= {name: start | {"scheme": name} for name in CLOSED}
     return cells_of("growth", rows, seeds, epochs=3 if quick else EPOCHS)
 
 
@@ -48,7 +65,10 @@ def sizes(tasks: int) -> list[int]:
 
 def measure(cell: Cell) -> dict[str, Any]:
     """What `carried` measures, and what layers that have grown so far cost: parameters read, the
-    time of a training step and the memory it holds, as multiples of the plain backbone's."""
+    time of a training step and the memory it holds, as multiples of the plain backbone's. early:
+    ACC after EARLY tasks. Of closed forms the accuracies and what is stored."""
+    if cell["scheme"] in CLOSED:
+        return dict.fromkeys(STUDY.columns, math.nan) | _closed(cell)
     measured = carried(cell)
     grown = sizes(cell["tasks"])
     read, times, peaks = [], [], []
@@ -73,12 +93,35 @@ def measure(cell: Cell) -> dict[str, Any]:
         peaks.append(clock.peak(steps["scheme"]) / clock.peak(steps["plain"]))
         read.append(float(count(model)["read"]))
     return measured | {
+        "early": early(measured["seen"]),
         "sizes": [float(size) for size in grown],
         "reads": read,
         "steps": times,
         "peaks": peaks,
         "step": times[-1],
         "peak": peaks[-1],
+    }
+
+
+def early(seen: Sequence[float]) -> float:
+    """Of the mean accuracies after each task, that after EARLY, or the last."""
+    return seen[min(EARLY, len(seen)) - 1]
+
+
+def _closed(cell: Cell) -> dict[str, Any]:
+    stream, backbone = stream_and_backbone(cell["stream"], cell["tasks"], cell["seed"])
+    make = ROSTER[cell["scheme"]].make
+    run = run_stream(make, backbone, stream, cell["seed"], cell["epochs"], name=cell["row"])
+    seen = [statistics.fmean(row[:t]) for t, row in enumerate(run.matrix) if t]
+    return {
+        "seen": seen,
+        "early": early(seen),
+        "acc": acc(run.matrix),
+        "bwt": bwt(run.matrix),
+        "plasticity": plasticity(run.matrix),
+        "stored": run.stored,
+        "read": run.read,
+        "speaking": run.speaking,
     }
 
 
@@ -105,23 +148,22 @@ def panels(rows: Rows) -> list[Panel]:
         ("step", "training step, plain backbone = 1", "steps", grown),
         ("memory", "memory of a step, plain backbone = 1", "peaks", grown),
     ):
-        lines = [line(arm, rows[arm][measure]) for arm in rows]
+        lines = [line(arm, rows[arm][measure]) for arm in rows if measure in rows[arm]]
         made.append(Panel(title, "tasks learned", lines, ylabel, [*x]))
     return made
 
 
 def finding(rows: Rows) -> str:
     J = len(rows["mora"]["seen"][0])
-    parts = [
-        f"{arm} {mean(rows[arm]['acc'])} (drift {mean(rows[arm]['interference'])}, "
-        f"{mean(rows[arm]['step'])} plain steps)"
-        for arm in rows
-    ]
+    parts = [f"{arm} {mean(rows[arm]['early'])} and {mean(rows[arm]['acc'])}" for arm in rows]
+    mora = rows["mora"]
     return (
-        f"After {J} tasks ACC is {', '.join(parts)}; self-activation is "
-        f"{beside(rows['mora']['acc'], rows['lora_moe']['acc'])} lora_moe, and has lost "
-        f"{mean([seen[0] - seen[-1] for seen in rows['mora']['seen']])} of what it had after the "
-        f"first task."
+        f"After {min(EARLY, J)} and {J} tasks ACC is {', '.join(parts)}; in the end "
+        f"self-activation is {beside(mora['acc'], rows['lora_moe']['acc'])} lora_moe and "
+        f"{beside(mora['acc'], rows['own_ridge']['acc'])} each task's own ridge, its outputs for "
+        f"old tasks have moved by {mean(mora['interference'])} (lora_moe's by "
+        f"{mean(rows['lora_moe']['interference'])}), and a step of it takes {mean(mora['step'])} "
+        "plain steps."
     )
 
 
@@ -155,8 +197,8 @@ STUDY = Study(
     asks="What happens as tasks come, to accuracy, drift, time and memory?",
     cells=cells,
     measure=measure,
-    columns=COLUMNS
-    | {"own": "own", "read": "read", "speaking": "speaking", "step": "step", "peak": "memory"},
+    columns={"early": f"ACC at {EARLY}", **COLUMNS, "own": "own", "stored": "stored"}
+    | {"read": "read", "speaking": "speaking", "step": "step", "peak": "memory"},
     panels=panels,
     finding=finding,
     claims=claims,

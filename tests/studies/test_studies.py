@@ -255,6 +255,10 @@ def test_what_growth_and_silence_say():
     assert grown["reads"] == [4 * 640, 12 * 320 + 4 * 320]  # K (D + O) of 4; R D + K O of 12
     assert grown["read"] == grown["reads"][-1]
     assert grown["step"] == grown["steps"][-1] > 0 and grown["peak"] == grown["peaks"][-1] > 0
+    assert grown["early"] == grown["seen"][-1] and growth.early([0.1] * 19 + [0.7, 0.2]) == 0.7
+    closed = growth.measure(TINY | {"scheme": "own_ridge"})
+    assert closed["acc"] == pytest.approx(closed["seen"][-1]) and closed["acc"] > 0.9
+    assert closed["stored"] == 3 * (64 + 200 * 10) and math.isnan(closed["step"])
     delta = {"settings": MORA["settings"] | {"delta": 1.1}}  # nothing speaks
     silent = silence.measure(TINY | MORA | delta | {"stream": "permuted-digits"})
     assert [silent[name] for name in ("upright", "unseen", "noise", "tasks")] == [0, 0, 0, 0]
@@ -291,6 +295,8 @@ def test_the_cells_of_a_study(name, quick, tmp_path):
         elif name == "tokens":
             assert cell["scheme"] in ROSTER and cell["stream"] in STREAMS
             assert len(cell["rates"]) * len(cell["scales"]) in (1, 4)
+        elif cell["scheme"] in growth.CLOSED:
+            assert cell["scheme"] in ROSTER
         else:
             CLASSES[cell["scheme"]](nn.Linear(64, 128), **cell["settings"])
     json.dumps(cells)
