@@ -1,10 +1,10 @@
 """Write the pages anew: python tutorials/pages.py
 
-Of the stored results (results/*.json, findings/*.json): results/*.md, findings/findings.md, and in
-../README.md the table of accuracies. The commands write such pages beside their results; this one
-writes those that are stored here, after a scheme or a result was added. And of findings/tuning.json
-the settings that the package has on its streams, ../minimoe/tuned.json. The tests hold the stored
-pages to it.
+Of the stored results (results/*.json, findings/*.json): results/*.md, findings/findings.md, the
+answer that they give, findings/self-activation.md, in ../README.md the table of accuracies, and of
+findings/tuning.json the settings that the package has on its streams, ../minimoe/tuned.json. The
+commands write such pages beside their results; this one writes those that are stored here, after a
+scheme or a result was added. The tests hold the stored pages to it.
 """
 
 import re
@@ -15,7 +15,7 @@ from minimoe.bench import page as bench_page
 from minimoe.bench import read as read_bench
 from minimoe.continual.backbones import Backbone
 from minimoe.roster import TUNED, names
-from minimoe.studies import STUDIES, stored, tuning
+from minimoe.studies import STUDIES, answer, stored, tuning
 from minimoe.tools.files import read_json, write_atomic, write_json
 from minimoe.tools.results import CompareResult, StudyResult
 from minimoe.tools.tables import compare_page, findings, short
@@ -44,6 +44,8 @@ def pages() -> dict[Path, str]:
     bench = read_bench(HERE / "results" / "bench-cpu.json")
     made[HERE / "results" / "bench-cpu.md"] = bench_page(bench, BENCH, "bench-cpu.png")
     made[HERE / "findings" / "findings.md"] = findings(study_results())
+    both = [stored(HERE / "findings", name) for name in ("memory", "why")]
+    made[HERE / "findings" / "self-activation.md"] = answer.page(*both)
     readme = HERE.parent / "README.md"
     made[readme] = with_table(readme.read_text(encoding="utf-8"))
     return made
