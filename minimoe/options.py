@@ -10,7 +10,7 @@ from typing import Any
 
 from .continual import streams
 from .continual.learn import BATCH
-from .roster import EPOCHS, ROSTER, entry_on
+from .roster import EPOCHS, ROSTER, entry_on, under
 from .tools.results import EXACT, parse, read
 
 RUN = "run.json"  # a run's options, in its folder
@@ -61,10 +61,10 @@ class Options:
             had = getattr(self, name)
             each = name == "lr" and had is None
             _require_same(name, given.get(name), {"each learner's own" if each else had})
-        stream = None if self.backbone or self.targets else self.stream
+        place = None if self.targets else under(self.stream, self.backbone)
         ran = [name for name in ROSTER if name in self.schemes] or list(ROSTER)
         for name, value in given.get("changes", {}).items():
-            entries = [entry_on(scheme, stream).settings for scheme in ran]
+            entries = [entry_on(scheme, place).settings for scheme in ran]
             usual = {settings[name] for settings in entries if name in settings}
             _require_same(name, value, {self.changes[name]} if name in self.changes else usual)
         seed = self.seeds[0]

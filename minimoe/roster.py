@@ -335,18 +335,23 @@ TUNED = Path(__file__).parent / "tuned.json"
 
 @functools.cache
 def tuned() -> dict[str, dict[str, dict[str, Any]]]:
-    """By stream and learner, the settings that did best in their trials, as the study `tuning` has
-    them (studies/tuning.py). Not to be changed."""
+    """By place (`under`) and learner, the settings that did best in their trials, as the study
+    `tuning` has them (studies/tuning.py). Not to be changed."""
     _, entry = read_json(TUNED, "tuned", mend="minimoe must be installed anew")
     found: dict[str, dict[str, dict[str, Any]]] = entry["settings"]
     return found
 
 
-def entry_on(name: str, stream: str | None) -> Entry:
-    """The roster's entry of that name, with the settings tuned on a stream of that name, if there
+def under(stream: str, backbone: str | None) -> str:
+    """A stream, under its own model or the backbone of that name, as `tuned` has it."""
+    return f"{stream} under {backbone}" if backbone else stream
+
+
+def entry_on(name: str, place: str | None) -> Entry:
+    """The roster's entry of that name, with the settings tuned in that place (`under`), if there
     are some."""
     entry = ROSTER[name]
-    best = tuned().get(stream or "", {}).get(name, {})
+    best = tuned().get(place or "", {}).get(name, {})
     settings = {key: best.get(key, value) for key, value in entry.settings.items()}
     return replace(entry, settings=settings, lr=best.get("lr", entry.lr))
 
@@ -371,16 +376,16 @@ def _has(model: Any, need: str) -> bool:
     return isinstance(found, nn.Parameter) and found.ndim == 2
 
 
-def lookup(name: str, stream: str | None = None) -> tuple[str, Entry]:
+def lookup(name: str, place: str | None = None) -> tuple[str, Entry]:
     """The short name and the entry of a name in the roster, or of a class in a file, file.py:Class.
-    stream: that on which the roster's settings were tuned, if any.
+    place: where the settings were tuned (`under`), if anywhere.
 
     A class of one's own lives as MoRA does, with those of MoRA's toy settings that its constructor
     has, unless it names its own `learner` and `toy_settings`. Raises FileNotFoundError, and
     ValueError on an unknown name or a file without such a class.
     """
     if name in ROSTER:
-        return name, entry_on(name, stream)
+        return name, entry_on(name, place)
     path, colon, in_file = name.rpartition(":")
     if not colon:
         raise ValueError(f"scheme is {name!r}, allowed: {', '.join(ROSTER)}, file.py:Class")
@@ -390,7 +395,7 @@ def lookup(name: str, stream: str | None = None) -> tuple[str, Entry]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} has no signature: {error}") from error
     takes_all = any(a.kind is a.VAR_KEYWORD for a in arguments.values())
-    mora = entry_on("mora", stream)
+    mora = entry_on("mora", place)
     usual = {name: value for name, value in mora.settings.items() if takes_all or name in arguments}
     return in_file, Entry(
         "scheme",

@@ -14,6 +14,7 @@ from .continual import backbones, data, streams
 from .continual.learn import make_backbone, pretrain
 from .continual.stream import IGNORED, Stream, evaluate
 from .continual.stream import loss as usual_loss
+from .roster import under
 from .tools.fingerprint import of_own
 from .tools.seeds import seeded
 
@@ -42,9 +43,12 @@ class Setting:
 
     @property
     def tuned_as(self) -> str | None:
-        """The stream whose tuned settings are for this: a stream of this package, its own model."""
-        own = self.backbone is None and self.targets is None
-        return self.stream if own and isinstance(self.stream, str) else None
+        """The place whose tuned settings are for this (roster.under): a stream of this package,
+        under a model of this package."""
+        if not isinstance(self.stream, str) or self.targets is not None:
+            return None
+        backbone = self.backbone if isinstance(self.backbone, str) else None
+        return under(self.stream, backbone) if backbone == self.backbone else None
 
     def maker(self) -> Callable[[Stream], nn.Module] | None:
         return backbones.find(self.backbone) if isinstance(self.backbone, str) else self.backbone

@@ -1,7 +1,8 @@
-"""Atlas: all that the roster lists, each on every stream where it can live, at its tuned settings.
+"""Atlas: all that the roster lists, in all places where it can live, at its tuned settings.
 
-The main table. Settings are those of tuned.json, which test data had no part in (tuning.py). The
-streams of real answers have no class means; else all learners are everywhere.
+The main table. Settings are those of tuned.json, which test data had no part in (tuning.py). own is
+the share of the gate's weight that a task's inputs give in the end to its ranks, mean over tasks:
+1 if the gate knows the task, 1 in as many as there are tasks if it knows nothing.
 """
 
 import dataclasses
@@ -9,48 +10,49 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..continual import streams
-from ..continual.learn import make_backbone, run_stream
+import numpy as np
+
+from ..continual.learn import run_stream
 from ..continual.metrics import acc, forgetting, plasticity
-from ..roster import EPOCHS, ROSTER, entry_on, names
+from ..roster import ROSTER, entry_on
 from ..tools.results import Panel
-from .common import ACC, STREAMS, cells_of, line, mean, stream_and_backbone, sums
+from .common import ACC, PLACES, cells_of, line, mean, stream_and_backbone, sums
 from .study import Cell, Rows, Study
 from .verdicts import Claim, Comparison, judged
 
-REPEATED = "digit-worlds"  # where the order of sums moves a mean by more than the seeds show
+# Where the order of sums moves a mean by more than the seeds show, and whom: gates that jump.
+REPEATED, ROUGH = "digit-worlds", ("lora_moe", "mora", "mora_detached")
 REPEATS = 2
 
 
 def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
-    """The settings are in the cell, so that others are another cell. REPEATED is run again, its
-    sums in other orders."""
+    """The settings are in the cell, so that others are another cell. Of ROUGH, REPEATED is run
+    again, its sums in other orders."""
     made = []
-    for stream, tasks in list(STREAMS.items())[: 1 if quick else None]:
+    for label, place in list(PLACES.items())[: 1 if quick else None]:
         rows = {}
-        for name in names(make_backbone(streams.make(stream, 1))):
-            entry = entry_on(name, stream)
-            rows[label_of(stream, name)] = {
-                "stream": stream,
-                "tasks": 2 if quick else tasks,
+        for name in place.names():
+            entry = entry_on(name, label)
+            rows[label_of(label, name)] = {
+                **place.setting(quick),
                 "name": name,
                 "settings": dict(entry.settings),
                 "lr": entry.lr,
             }
-        made += cells_of("atlas", rows, seeds, epochs=2 if quick else EPOCHS)
-    again = [cell for cell in made if cell["stream"] == REPEATED]
+        made += cells_of("atlas", rows, seeds)
+    again = [cell for cell in made if cell["stream"] == REPEATED and cell["name"] in ROUGH]
     return made + [cell | {"repeat": n} for n in range(1, REPEATS + 1) for cell in again]
 
 
-def label_of(stream: str, name: str) -> str:
-    return f"{stream}, {name}"
+def label_of(place: str, name: str) -> str:
+    return f"{place}, {name}"
 
 
 def measure(cell: Cell) -> dict[str, Any]:
     """What `compare` has of the same names."""
     repeat = cell.get("repeat", 0)
     stream, backbone = stream_and_backbone(
-        cell["stream"], cell["tasks"], cell["seed"], repeat=repeat
+        cell["stream"], cell["tasks"], cell["seed"], cell.get("backbone"), repeat
     )
     entry = dataclasses.replace(ROSTER[cell["name"]], settings=cell["settings"])
     run = run_stream(
@@ -66,6 +68,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         "acc": acc(run.matrix),
         "plasticity": plasticity(run.matrix),
         "forgetting": forgetting(run.matrix),
+        "own": float(np.mean(np.diagonal(run.records["mass"][-1]))),
         "stored": run.stored,
         "read": run.read,
         "speaking": run.speaking,
@@ -75,23 +78,23 @@ def measure(cell: Cell) -> dict[str, Any]:
 # What the numbers say
 
 
-def names_on(rows: Rows, stream: str) -> list[str]:
-    """Who has a row on a stream, in the roster's order."""
-    return [name for name in ROSTER if label_of(stream, name) in rows]
+def names_in(rows: Rows, place: str) -> list[str]:
+    """Who has a row in a place, in the roster's order."""
+    return [name for name in ROSTER if label_of(place, name) in rows]
 
 
-def streams_of(rows: Rows) -> list[str]:
-    return [stream for stream in STREAMS if names_on(rows, stream)]
+def places_of(rows: Rows) -> list[str]:
+    return [place for place in PLACES if names_in(rows, place)]
 
 
 def panels(rows: Rows) -> list[Panel]:
     made = []
-    for stream in streams_of(rows):
-        known = names_on(rows, stream)
-        accs = [rows[label_of(stream, name)]["acc"] for name in known]
+    for place in places_of(rows):
+        known = names_in(rows, place)
+        accs = [rows[label_of(place, name)]["acc"] for name in known]
         made.append(
             Panel(
-                title=stream,
+                title=place,
                 xlabel="ACC",
                 lines=[
                     line(name, [[v] for v in values])
@@ -105,29 +108,29 @@ def panels(rows: Rows) -> list[Panel]:
 
 
 def finding(rows: Rows) -> str:
-    """Who of the others than the privileged is first on each stream, and over whom its lead is not
-    supported (on a stream, all these leads are one family of verdicts.py)."""
+    """Who of the others than the privileged is first in each place, and over whom its lead is not
+    supported (in a place, all these leads are one family of verdicts.py)."""
     parts = []
-    for stream in streams_of(rows):
-        own = [name for name in names_on(rows, stream) if ROSTER[name].kind != "privileged"]
-        runs = {name: rows.runs(label_of(stream, name), "acc") for name in own}
+    for place in places_of(rows):
+        own = [name for name in names_in(rows, place) if ROSTER[name].kind != "privileged"]
+        runs = {name: rows.runs(label_of(place, name), "acc") for name in own}
         means = {name: statistics.fmean(runs[name][0]) for name in own}
         best, *others = order = sorted(means, key=means.__getitem__, reverse=True)
         leads = judged([Comparison(name, runs[best], runs[name], ACC) for name in others])
         near = [lead.label for lead in leads if lead.verdict != "supported"]
         level = f", its lead not supported over {', '.join(near)}" if near else ""
-        place = order.index("mora") + 1
-        mora = f"; mora {mean(runs['mora'][0])}, no. {place} of {len(order)}" if place > 1 else ""
-        parts.append(f"on {stream} {best} ({mean(runs[best][0])}{level}{mora})")
+        at = order.index("mora") + 1
+        mora = f"; mora {mean(runs['mora'][0])}, no. {at} of {len(order)}" if at > 1 else ""
+        parts.append(f"on {place} {best} ({mean(runs[best][0])}{level}{mora})")
     return f"First of those that are not told the task or shown all at once: {'; '.join(parts)}."
 
 
 def claims(rows: Rows) -> list[Claim]:
     def against(more: str, less: str) -> list[Comparison]:
         found = []
-        for stream in streams_of(rows):
-            ours, theirs = (rows.runs(label_of(stream, name), "acc") for name in (more, less))
-            found.append(Comparison(f"{stream}: ACC, {more} - {less}", ours, theirs, ACC))
+        for place in places_of(rows):
+            ours, theirs = (rows.runs(label_of(place, name), "acc") for name in (more, less))
+            found.append(Comparison(f"{place}: ACC, {more} - {less}", ours, theirs, ACC))
         return found
 
     return [
@@ -145,13 +148,14 @@ def claims(rows: Rows) -> list[Claim]:
 
 
 STUDY = Study(
-    asks="Every learner on every stream, at its tuned settings.",
+    asks="Every learner in every place, at its tuned settings.",
     cells=cells,
     measure=measure,
     columns={
         "acc": "ACC",
         "plasticity": "plasticity",
         "forgetting": "forgetting",
+        "own": "own",
         "stored": "stored",
         "read": "read",
         "speaking": "speaking",

@@ -15,10 +15,10 @@ import numpy as np
 from ..adapter import Adapter
 from ..continual import streams
 from ..continual.backbones import Backbone, find
-from ..continual.learn import AdapterLearner, pretrain, run_stream
+from ..continual.learn import AdapterLearner, make_backbone, pretrain, run_stream
 from ..continual.metrics import acc, bwt, plasticity
 from ..continual.probe import PROBLEMS
-from ..roster import ROSTER, SCHEMES
+from ..roster import EPOCHS, ROSTER, SCHEMES, Kind, names, under
 from ..tools.results import Line, half_interval
 from ..tools.tables import PROBLEMS as HEADS
 from ..tools.tables import short
@@ -27,11 +27,42 @@ from .verdicts import Comparison, Values
 
 PERMUTED = "permuted-digits"
 TWO_STREAMS = (PERMUTED, "rotated-digits")
-STREAMS = {  # the main table's, and how many tasks each has there
-    "subspaces": 8,
-    "clusters": 5,
-    **dict.fromkeys((*TWO_STREAMS, "split-digits", "digit-worlds"), 5),
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A stream of the main table, under its own model or the backbone of that name. all: whether
+    the atlas lives there too, or only the schemes, the baselines and the privileged."""
+
+    stream: str
+    tasks: int = 5
+    epochs: int = EPOCHS
+    backbone: str | None = None
+    all: bool = True
+
+    def setting(self, quick: bool = False) -> Cell:
+        """What a cell says of it."""
+        tasks, epochs = (2, 2) if quick else (self.tasks, self.epochs)
+        backbone = {"backbone": self.backbone} if self.backbone else {}
+        return {"stream": self.stream, "tasks": tasks, **backbone, "epochs": epochs}
+
+    def names(self) -> list[str]:
+        """Who lives there, of the roster."""
+        make = find(self.backbone) if self.backbone else None
+        kinds: list[Kind] = [] if self.all else ["scheme", "baseline", "privileged"]
+        return names(make_backbone(streams.make(self.stream, 2), make), *kinds)
+
+
+# Where a gate sees an input; and, below, where it sees a patch, a letter, a word: there a run takes
+# minutes, and fewer tasks, epochs and learners have to do.
+PLACES = {
+    "subspaces": Place("subspaces", streams.usual_tasks("subspaces")),
+    **{name: Place(name) for name in ("clusters", *TWO_STREAMS, "split-digits", "digit-worlds")},
+    under(PERMUTED, "attention"): Place(PERMUTED, 3, 10, "attention", all=False),
+    "sequences": Place("sequences", 3, all=False),
+    "docstrings": Place("docstrings", epochs=5, all=False),
 }
+
 # The smallest effects that matter (verdicts.py). For all measures but accuracy one number, so that
 # none can be chosen to suit: most figures of tutorials/findings were known when these two were set.
 ACC = 0.02  # 9 of a task's 450 test images: about what another split of the images moves
@@ -57,9 +88,10 @@ def with_settings(cell: Cell, **changes: Any) -> Cell:
 
 
 def cells_of(
-    study: str, rows: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], epochs: int
+    study: str, rows: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], epochs: int = EPOCHS
 ) -> list[Cell]:
-    """Every row with every seed; seeds in order, so that a study cut short has whole rows."""
+    """Every row with every seed, of so many epochs if the row does not say; seeds in order, so that
+    a study cut short has whole rows."""
     return [
         {"study": study, "row": row, "seed": seed, "epochs": epochs, **rest}
         for seed in seeds

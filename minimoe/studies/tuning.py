@@ -5,8 +5,8 @@ drawn from all that the roster lets it choose from (`tunes`). Where it has fewer
 
 A trial is a whole run on the stream of a seed that no other study has. A quarter of each task's
 training data is held out, and of the base domain's: nothing trains on it, and a trial's value is
-ACC there. Test data are not looked at. The best is what the roster then has on that stream:
-tutorials/pages.py writes it to minimoe/tuned.json.
+ACC there. Test data are not looked at. The best is what the roster then has on that stream, under
+that model: tutorials/pages.py writes it to minimoe/tuned.json.
 """
 
 import dataclasses
@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from ..continual import streams
-from ..continual.learn import make_backbone, pretrain, run_stream
+from ..continual.backbones import find
+from ..continual.learn import pretrain, run_stream
 from ..continual.metrics import acc
 from ..continual.stream import Stream, Task
-from ..roster import EPOCHS, ROSTER, Entry, names
+from ..roster import ROSTER, Entry
 from ..tools.results import Panel, StudyResult
-from .common import STREAMS, cells_of, line, mean
+from .common import PLACES, cells_of, line, mean
 from .study import Cell, Rows, Study
 from .verdicts import Claim
 
@@ -45,22 +46,25 @@ def trials(name: str, n: int = TRIALS) -> list[dict[str, Any]]:
 
 
 def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
-    rows = {}
-    for stream, tasks in list(STREAMS.items())[: 1 if quick else None]:
-        model = make_backbone(streams.make(stream, 2))
-        for name in filter(lambda name: ROSTER[name].tunes, names(model)):
-            for trial in trials(name, 2 if quick else TRIALS):
-                rows[label_of(stream, name, trial)] = {
-                    "stream": stream,
-                    "tasks": 2 if quick else tasks,
-                    "name": name,
-                    "trial": trial,
-                }
-    return cells_of("tuning", rows, seeds, epochs=1 if quick else EPOCHS)
+    made = []
+    for label, place in list(PLACES.items())[: 1 if quick else None]:
+        rows = {
+            label_of(label, name, trial): {
+                **place.setting(quick),
+                "place": label,
+                "name": name,
+                "trial": trial,
+            }
+            for name in place.names()
+            if ROSTER[name].tunes
+            for trial in trials(name, 2 if quick else TRIALS)
+        }
+        made += cells_of("tuning", rows, seeds)
+    return made
 
 
-def label_of(stream: str, name: str, trial: Mapping[str, Any]) -> str:
-    return ", ".join([stream, name, *(f"{key} {value:g}" for key, value in trial.items())])
+def label_of(place: str, name: str, trial: Mapping[str, Any]) -> str:
+    return ", ".join([place, name, *(f"{key} {value:g}" for key, value in trial.items())])
 
 
 def with_trial(entry: Entry, trial: Mapping[str, Any]) -> Entry:
@@ -71,7 +75,7 @@ def with_trial(entry: Entry, trial: Mapping[str, Any]) -> Entry:
 
 def measure(cell: Cell) -> dict[str, Any]:
     """held: ACC on what is held out; nan if a loss was no number."""
-    stream, backbone = held_out(cell["stream"], cell["tasks"], cell["seed"])
+    stream, backbone = held_out(cell["stream"], cell["tasks"], cell["seed"], cell.get("backbone"))
     entry = with_trial(ROSTER[cell["name"]], cell["trial"])
     how = {"lr": entry.lr}
     try:
@@ -84,11 +88,11 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def held_out(name: str, tasks: int, seed: int) -> tuple[Stream, Any]:
-    """A stream that trains on less and is tested on the rest of that, and its backbone, pretrained
-    on less too. Kept for the next cell, so not to be changed."""
+def held_out(name: str, tasks: int, seed: int, backbone: str | None) -> tuple[Stream, Any]:
+    """A stream that trains on less and is tested on the rest of that, and its backbone or the one
+    of that name, pretrained on less too. Kept for the next cell, so not to be changed."""
     stream = validation(streams.make(name, tasks, seed), seed)
-    return stream, pretrain(stream, seed)
+    return stream, pretrain(stream, seed, make=find(backbone) if backbone else None)
 
 
 def validation(stream: Stream, seed: int) -> Stream:
@@ -107,27 +111,27 @@ def validation(stream: Stream, seed: int) -> Stream:
 
 
 def chosen(result: StudyResult) -> dict[str, dict[str, dict[str, Any]]]:
-    """By stream and learner, the trial of the largest mean; of equals the first."""
+    """By place and learner, the trial of the largest mean; of equals the first."""
     best: dict[str, dict[str, dict[str, Any]]] = {}
     top: dict[tuple[str, str], float] = {}
     for cell in cells(result.seeds, result.quick):
         value = result.rows[cell["row"]]["held"].mean if cell["row"] in result.rows else None
-        key = cell["stream"], cell["name"]
+        key = cell["place"], cell["name"]
         if value is not None and value > top.get(key, -math.inf):
             top[key] = value
-            best.setdefault(cell["stream"], {})[cell["name"]] = cell["trial"]
+            best.setdefault(cell["place"], {})[cell["name"]] = cell["trial"]
     return best
 
 
 # What the numbers say
 
 
-def tried(rows: Rows, stream: str) -> dict[str, list[float]]:
-    """The mean of each trial of each learner on a stream, the roster's own first."""
+def tried(rows: Rows, place: str) -> dict[str, list[float]]:
+    """The mean of each trial of each learner in a place, the roster's own first."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        place, name, *_ = row.split(", ")
-        if place == stream:
+        there, name, *_ = row.split(", ")
+        if there == place:
             found.setdefault(name, []).append(statistics.fmean(rows[row]["held"]))
     return found
 
@@ -135,12 +139,12 @@ def tried(rows: Rows, stream: str) -> dict[str, list[float]]:
 def panels(rows: Rows) -> list[Panel]:
     """The gain over the roster's own settings."""
     made = []
-    for stream in STREAMS:
-        if found := tried(rows, stream):
+    for place in PLACES:
+        if found := tried(rows, place):
             gains = {name: gain(means) for name, means in found.items()}
             made.append(
                 Panel(
-                    title=stream,
+                    title=place,
                     xlabel="gain of the best trial, ACC held out",
                     lines=[line(name, [[value]]) for name, value in gains.items()],
                     names=list(gains),
@@ -157,13 +161,13 @@ def gain(means: Sequence[float]) -> float:
 
 def finding(rows: Rows) -> str:
     parts = []
-    for stream in STREAMS:
-        gains = {name: gain(means) for name, means in tried(rows, stream).items()}
+    for place in PLACES:
+        gains = {name: gain(means) for name, means in tried(rows, place).items()}
         if gains:
             most = max(gains, key=lambda name: -1.0 if math.isnan(gains[name]) else gains[name])
             own = f", mora {gains['mora']:.3f}" if "mora" in gains and most != "mora" else ""
             parts.append(
-                f"on {stream} {mean(list(gains.values()))} (most {most} {gains[most]:.3f}{own})"
+                f"on {place} {mean(list(gains.values()))} (most {most} {gains[most]:.3f}{own})"
             )
     return (
         f"What {TRIALS} trials add to ACC on held-out data, over the settings that a learner would "

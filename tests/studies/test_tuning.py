@@ -12,8 +12,9 @@ from minimoe.continual import streams
 from minimoe.continual.learn import LEARNING_RATE
 from minimoe.options import Options
 from minimoe.roster import ROSTER, entry_on, tuned
+from minimoe.setting import Setting
 from minimoe.studies import tuning
-from minimoe.studies.common import STREAMS
+from minimoe.studies.common import PLACES
 from minimoe.studies.study import Rows, report
 from minimoe.tools.files import write_json
 
@@ -65,7 +66,7 @@ def result_of(values):
 
 def test_the_best_trial_is_chosen_and_of_equals_the_first():
     second = {name: tuning.trials(name, 2)[-1] for name in ROSTER}
-    stream = next(iter(STREAMS))
+    place = next(iter(PLACES))
 
     def held(cell):
         if cell["name"] == "mora":
@@ -75,9 +76,9 @@ def test_the_best_trial_is_chosen_and_of_equals_the_first():
         return math.nan if cell["name"] == "olora" else 0.5
 
     chosen = tuning.chosen(result_of(held))
-    assert list(chosen) == [stream] and "olora" not in chosen[stream]
-    assert chosen[stream]["mora"] == second["mora"] and chosen[stream]["lora"] == second["lora"]
-    assert chosen[stream]["ewc"] == tuning.trials("ewc")[0]
+    assert list(chosen) == [place] and "olora" not in chosen[place]
+    assert chosen[place]["mora"] == second["mora"] and chosen[place]["lora"] == second["lora"]
+    assert chosen[place]["ewc"] == tuning.trials("ewc")[0]
 
 
 def test_the_sentence_names_the_largest_gain():
@@ -148,3 +149,19 @@ def test_what_a_run_may_be_given_again_is_what_it_has(picked):
         run.extended({"changes": {"tau": 0.1}})
     with pytest.raises(ValueError, match=r"lr is 0\.1, allowed in this run: each learner's own"):
         run.extended({"lr": 0.1})
+
+
+def test_a_place_is_a_stream_under_a_model():
+    def place(stream="permuted-digits", backbone=None, targets=None):
+        return Setting(stream, backbone, targets, 5, "cpu").tuned_as
+
+    assert place() == "permuted-digits"
+    assert place(backbone="attention") == "permuted-digits under attention"
+    assert place(targets="fc1") is place(backbone=nn.Linear) is None
+    assert place(streams.make("clusters", 2)) is None
+    for label, there in PLACES.items():
+        assert place(there.stream, there.backbone) == label
+        assert {"lora", "lora_moe", "mora", "oracle"} <= set(there.names())
+        assert ("smora" in there.names()) == there.all
+    assert "class_mean" not in PLACES["clusters"].names()
+    assert {"trigram", "head_only"} <= set(PLACES["sequences"].names())
