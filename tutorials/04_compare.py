@@ -522,8 +522,8 @@ axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize
 plt.show()
 
 # %% [markdown]
-# This package's own settings were picked on permuted-digits with seeds 0 to 2; its README says so
-# and adds five seeds on which nothing was picked.
+# The settings of the stored runs were picked on permuted-digits with seeds 0 to 2; the README says
+# so. `minimoe study tuning` picks them anew, for every learner and stream, where nothing is tested.
 #
 # **The order of rounding.** A gate that keeps the top k jumps: two inputs that differ by one
 # rounding can keep different ranks. Training on top of such jumps magnifies rounding, so that
