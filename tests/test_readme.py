@@ -23,6 +23,7 @@ from minimoe.laws import LAWS
 from minimoe.roster import EPOCHS, ROSTER, SCHEMES, TUNED, entry_on, names
 from minimoe.studies import STUDIES, routing
 from minimoe.studies.common import PLACES
+from minimoe.studies.why import TASKS
 from minimoe.tools import tables
 from minimoe.tools.files import read_json
 from minimoe.tools.results import CompareResult, StudyResult, Verdict, to_json
@@ -144,6 +145,17 @@ def test_what_readme_says_of_the_two_streams_that_decide_more():
     ):
         mean = f"{rows[row]['acc']['mean']:.3f}".replace("0.", ".", 1)
         assert f"{said} {mean}" in words, row
+    apart = {}  # from mora, on each stream
+    for arm in ("linear router", "cosine router", "detached gate"):
+        apart[arm] = sorted(
+            why[f"{stream}, mora"]["acc"]["mean"] - why[f"{stream}, {arm}"]["acc"]["mean"]
+            for stream in TASKS
+        )
+    spans = {arm: " to ".join(tables.short(v) for v in (d[0], d[-1])) for arm, d in apart.items()}
+    assert f"is {spans['linear router']} above a linear router's" in words
+    assert f"and {spans['cosine router']} above a cosine router's" in words
+    costs = " to ".join(tables.short(-v) for v in (apart["detached gate"][i] for i in (-1, 0)))
+    assert f"the gate's gradient costs {costs}." in words
     same, twice = (memory[f"subspaces, own_subspace, m {m}"]["whole"]["mean"] for m in (8, 16))
     assert same == memory["subspaces, mora, rank 8"]["whole"]["mean"] == twice / 2
 
@@ -207,10 +219,9 @@ def test_what_speaks_against_the_headline_is_beside_it():
 
 
 def test_what_readme_says_of_gates_that_see_a_patch():
-    rows = json.loads((ROOT / "tutorials" / "findings" / "tokens.json").read_text())["rows"]
+    rows = StudyResult.read(ROOT / "tutorials" / "findings" / "tokens.json").rows
     for name in ("mora", "lora"):
-        acc = rows[f"patch, {name}"]["acc"]
-        said = f"{name} {acc['mean']:.3f} ± {acc['std']:.3f}".replace(" 0.", " .")
+        said = f"{name} {pages.spread(rows[f'patch, {name}']['acc'])}"
         assert said in " ".join(README.split())
 
 

@@ -66,7 +66,7 @@ def accuracies() -> str:
     streams = list(dict.fromkeys(row.split(", ")[0] for row in atlas.rows))
     lines = [f"| final accuracy | {' | '.join(streams)} |", "|---" * (len(streams) + 1) + "|"]
     for name in names(Backbone(), "scheme", "baseline", "privileged"):
-        if name in ("zero_shot", "class_mean", "head_only", "replay_80"):
+        if name in ("zero_shot", "class_mean", "lda", "head_only", "lora_grown", "replay_80"):
             continue
         rows = [atlas.rows.get(f"{stream}, {name}") for stream in streams]
         cells = ["–" if row is None else spread(row["acc"]) for row in rows]
