@@ -99,7 +99,8 @@ def test_a_second_run_takes_a_new_folder_and_resume_the_latest(small):
 @pytest.mark.slow
 def test_resume_extends_a_finished_run_and_keeps_what_is_there(small, tmp_path):
     run = ["--out", tmp_path / "run"]
-    start = ["compare", "--schemes", "mora", "--tasks", 2, "--epochs", 2, "--rank", 4]
+    start = ["compare", "--stream", "permuted-digits", "--schemes", "mora", "--tasks", 2]
+    start += ["--epochs", 2, "--rank", 4]
     assert minimoe(*start, *run, cwd=tmp_path).returncode == 0
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
     for more in (["--seeds", 1], ["--schemes", "lora", "joint"], ["--tasks", 3], []):
@@ -110,7 +111,8 @@ def test_resume_extends_a_finished_run_and_keeps_what_is_there(small, tmp_path):
     assert mine["schemes"] == {name: whole["schemes"][name] for name in ("mora", "lora", "joint")}
     assert list(mine["schemes"]) == ["mora", "lora", "joint"]
     page = (tmp_path / "run" / "compare.md").read_text()
-    again = "minimoe compare --schemes mora lora joint --seeds 0 1 --tasks 3 --epochs 2 --rank 4"
+    again = "minimoe compare --stream permuted-digits --schemes mora lora joint --seeds 0 1 "
+    again += "--tasks 3 --epochs 2 --rank 4"
     assert f"`{again}`" in page
     other = minimoe(*again.split()[1:], "--out", "other", cwd=tmp_path)
     assert other.returncode == 0 and result(tmp_path / "other") == mine
@@ -176,7 +178,8 @@ def test_every_kind_of_result_is_drawn_and_printed_again(name, tmp_path, capsys)
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
-    args = ["compare", "--schemes", "lora_moe", "mora", "--tasks", 3, "--epochs", 12]
+    args = ["compare", "--stream", "permuted-digits", "--schemes", "lora_moe", "mora"]
+    args += ["--tasks", 3, "--epochs", 12]
     assert minimoe(*args, "--out", "whole", cwd=tmp_path).returncode == 0
     killed = tmp_path / "killed"
     again = ["compare", "--resume"]

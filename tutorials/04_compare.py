@@ -160,7 +160,7 @@ plt.show()
 
 # %%
 with tempfile.TemporaryDirectory() as folder:  # for the checkpoints
-    result = compare(Path(folder), tasks=3, device=device, epochs=8)
+    result = compare(Path(folder), "permuted-digits", tasks=3, device=device, epochs=8)
 print(table(result))
 
 # %%

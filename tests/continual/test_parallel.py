@@ -59,7 +59,7 @@ def test_a_weight_that_a_process_did_not_use_has_gradient_0_there(said):
 
 def test_compare_under_torchrun_writes_once_and_the_same(tmp_path):
     args = ["compare", "--schemes", "mora", "lora_moe_plugin", "class_mean"]
-    args += ["--tasks", 2, "--epochs", 1, "--seeds", 3]
+    args += ["--stream", "permuted-digits", "--tasks", 2, "--epochs", 1, "--seeds", 3]
     two = torchrun("-m", "minimoe", *args, cwd=tmp_path)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("permuted-digits, 2 tasks") == 1

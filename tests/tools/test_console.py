@@ -18,7 +18,8 @@ from minimoe.tools import console
 
 posix = pytest.mark.skipif(os.name != "posix", reason="terminals and signals are POSIX's")
 COMMAND = [sys.executable, "-W", "error", "-m", "minimoe"]
-SMALL = ["compare", "--schemes", "lora", "mora", "--tasks", "2", "--epochs", "1", "--out", "run"]
+SMALL = ["compare", "--stream", "permuted-digits", "--schemes", "lora", "mora"]
+SMALL += ["--tasks", "2", "--epochs", "1", "--out", "run"]
 
 
 def test_characters_that_an_encoding_lacks_are_shown_by_others_of_their_width():
