@@ -45,7 +45,8 @@ from minimoe.tools import plots  # noqa: F401  (before the forks, which then hav
 from minimoe.tools.files import DRAFT, VERSION, read_json, read_tensors, write_json
 
 COMMANDS = {
-    "compare": "compare --stream permuted-digits --schemes lora mora --tasks 2 --epochs 1 --rank 4 --out run",
+    "compare": "compare --stream permuted-digits --schemes lora mora --tasks 2 --epochs 1 --rank 4 "
+    "--out run",
     "study": "study grain --quick --seeds 0 --jobs 1 --out run",
     "bench": "bench --ranks 16 --tokens 32 --width 16 --top-k 4 --repeats 1 --routing random "
     "--out run",
