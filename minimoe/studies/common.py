@@ -32,13 +32,15 @@ TWO_STREAMS = (PERMUTED, "rotated-digits")
 @dataclasses.dataclass(frozen=True)
 class Place:
     """A stream of the main table, under its own model or the backbone of that name. all: whether
-    the atlas lives there too, or only the schemes, the baselines and the privileged."""
+    the atlas lives there too, or only the schemes, the baselines and the privileged. trials: as
+    many as each learner has there (tuning.py)."""
 
     stream: str
     tasks: int = 5
     epochs: int = EPOCHS
     backbone: str | None = None
     all: bool = True
+    trials: int = 8
 
     def setting(self, quick: bool = False) -> Cell:
         """What a cell says of it."""
@@ -48,19 +50,25 @@ class Place:
 
     def names(self) -> list[str]:
         """Who lives there, of the roster."""
-        make = find(self.backbone) if self.backbone else None
         kinds: list[Kind] = [] if self.all else ["scheme", "baseline", "privileged"]
-        return names(make_backbone(streams.make(self.stream, 2), make), *kinds)
+        return names(_model(self.stream, self.backbone), *kinds)
+
+
+@functools.cache
+def _model(stream: str, backbone: str | None) -> Any:
+    """To see what it has."""
+    return make_backbone(streams.make(stream, 1), find(backbone) if backbone else None)
 
 
 # Where a gate sees an input; and, below, where it sees a patch, a letter, a word: there a run takes
-# minutes, and fewer tasks, epochs and learners have to do.
+# minutes, and fewer tasks, epochs, learners and trials have to do.
 PLACES = {
     "subspaces": Place("subspaces", streams.usual_tasks("subspaces")),
-    **{name: Place(name) for name in ("clusters", *TWO_STREAMS, "split-digits", "digit-worlds")},
-    under(PERMUTED, "attention"): Place(PERMUTED, 3, 10, "attention", all=False),
-    "sequences": Place("sequences", 3, all=False),
-    "docstrings": Place("docstrings", epochs=5, all=False),
+    **{name: Place(name) for name in ("clusters", *TWO_STREAMS, "split-digits")},
+    "digit-worlds": Place("digit-worlds", trials=4),
+    under(PERMUTED, "attention"): Place(PERMUTED, 3, 10, "attention", all=False, trials=4),
+    "sequences": Place("sequences", 3, all=False, trials=4),
+    "docstrings": Place("docstrings", epochs=5, all=False, trials=4),
 }
 
 # The smallest effects that matter (verdicts.py). For all measures but accuracy one number, so that

@@ -1,7 +1,7 @@
 """Tuning: which settings a learner has on a stream, picked where nothing is tested.
 
-Every learner has the same number of trials on every stream: the roster's own settings, and others
-drawn from all that the roster lets it choose from (`tunes`). Where it has fewer, all of them.
+In a place every learner has the same number of trials: the roster's own settings, and others drawn
+from all that the roster lets it choose from (`tunes`). Where it has fewer, all of them.
 
 A trial is a whole run on the stream of a seed that no other study has. A quarter of each task's
 training data is held out, and of the base domain's: nothing trains on it, and a trial's value is
@@ -31,14 +31,13 @@ from .common import PLACES, cells_of, line, mean
 from .study import Cell, Rows, Study
 from .verdicts import Claim
 
-TRIALS = 8
 HELD_OUT = 0.25
 SEED = 1000
 
 
-def trials(name: str, n: int = TRIALS) -> list[dict[str, Any]]:
-    """The roster's own settings and lr, which are the first of `tunes`, then others, each equally
-    likely."""
+def trials(name: str, n: int) -> list[dict[str, Any]]:
+    """At most n: the roster's own settings and lr, which are the first of `tunes`, then others,
+    each equally likely."""
     tunes = ROSTER[name].tunes
     own, *others = (dict(zip(tunes, each, strict=True)) for each in product(*tunes.values()))
     random.Random(name).shuffle(others)
@@ -57,7 +56,7 @@ def cells(seeds: Sequence[int], quick: bool) -> list[Cell]:
             }
             for name in place.names()
             if ROSTER[name].tunes
-            for trial in trials(name, 2 if quick else TRIALS)
+            for trial in trials(name, 2 if quick else place.trials)
         }
         made += cells_of("tuning", rows, seeds)
     return made
@@ -170,8 +169,8 @@ def finding(rows: Rows) -> str:
                 f"on {place} {mean(list(gains.values()))} (most {most} {gains[most]:.3f}{own})"
             )
     return (
-        f"What {TRIALS} trials add to ACC on held-out data, over the settings that a learner would "
-        f"have had anyway, in the mean over learners: {'; '.join(parts)}."
+        "What trials add to ACC on held-out data, over the settings that a learner would have had "
+        f"anyway, in the mean over learners: {'; '.join(parts)}."
     )
 
 
@@ -181,7 +180,7 @@ def claims(rows: Rows) -> list[Claim]:
 
 
 STUDY = Study(
-    asks="Which settings does each learner have on each stream, of as many trials?",
+    asks="Which settings does each learner have in each place, of as many trials?",
     cells=cells,
     measure=measure,
     columns={"held": "ACC held out"},
