@@ -276,7 +276,8 @@ def test_in_python_an_object_a_function_and_a_model_of_ones_own(tmp_path):
 
 @pytest.mark.slow
 def test_digits_through_attention(tmp_path, capsys):
-    asked = "--backbone attention --tasks 2 --epochs 1 --schemes mora class_mean"
+    asked = "--stream permuted-digits --backbone attention --tasks 2 --epochs 1 "
+    asked += "--schemes mora class_mean"
     status, _, err = run(f"{asked} --out {tmp_path / 'o'}", capsys)
     assert status == 0, err
     result = CompareResult.read(tmp_path / "o" / "compare.json")

@@ -536,7 +536,8 @@ def test_list_names_all_that_compare_takes(small):
 
 @pytest.mark.slow
 def test_all_are_in_one_table_with_their_parameters_and_time(tmp_path):
-    args = ["--schemes", "all", "--tasks", 2, "--epochs", 1, "--out", "all"]
+    args = ["--stream", "permuted-digits", "--schemes", "all", "--tasks", 2, "--epochs", 1]
+    args += ["--out", "all"]
     done = minimoe("compare", *args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     head, _, *rows = done.stdout.split("\n\n")[1].splitlines()

@@ -137,7 +137,7 @@ def test_json_is_json_whatever_else_prints(tmp_path):
     ("command", "mark"),
     [
         ("check mora", "law"),
-        ("compare --schemes mora --tasks 50 --out run", "task"),
+        ("compare --stream permuted-digits --schemes mora --tasks 50 --out run", "task"),
         ("study routing --quick --jobs 2 --out run", "cell"),
         ("bench --repeats 50 --out run", "group"),
     ],
