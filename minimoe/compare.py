@@ -210,7 +210,7 @@ def _run(
             checkpoints=files,
             done=lambda tasks: done(label, tasks),
             how={
-                "lr": entry.lr if options.lr is None else options.lr,
+                "lr": _rate(entry, options.lr),
                 "batch": options.batch,
                 "optimiser": options.optimiser,
             },
@@ -241,7 +241,7 @@ def _kept(
         "device": options.device,
         **entry.changed(options.changes),
         "batch": options.batch,
-        "lr": entry.lr if options.lr is None else options.lr,
+        "lr": _rate(entry, options.lr),
         "optimiser": options.optimiser,
         "pretrain": {**PRETRAIN, **stream_of(setting, seed).pretraining},
         "torch": torch.__version__,
@@ -324,8 +324,8 @@ def choose(
     schemes: Sequence[str] | None, stream: Stream, model: Any, tuned_as: str | None = None
 ) -> dict[str, Entry]:
     """The entries of these names, or files with a class, file.py:Class, by short names. None: all
-    but the atlas; "all": with it. tuned_as: the stream of this package on which the roster's
-    settings were tuned. Raises ValueError on a name that this model cannot have."""
+    but the atlas; "all": with it. tuned_as: where their settings were tuned (roster.under), if
+    anywhere. Raises ValueError on a name that this model cannot have."""
     allowed = names(model)
     if schemes is None:
         schemes = usual_schemes(model)
@@ -380,11 +380,15 @@ def shown_settings(
     each."""
     by_name: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
-        rate = entry.lr if lr is None else lr
-        for key, value in (entry.changed(changes) | {"lr": rate}).items():
+        for key, value in (entry.changed(changes) | {"lr": _rate(entry, lr)}).items():
             by_name.setdefault(key, {})[name] = value
     same = {key: next(iter(v.values())) for key, v in by_name.items() if len(set(v.values())) == 1}
     return {key: same.get(key, values) for key, values in by_name.items()}
+
+
+def _rate(entry: Entry, lr: float | None) -> float:
+    """The learning rate that is given, or else the learner's own."""
+    return entry.lr if lr is None else lr
 
 
 def _over_seeds(runs: Sequence[Run], known: list[Reachable] | None) -> SchemeResult:

@@ -95,6 +95,10 @@ class Entry:
         """Its settings, with those of the changes that are of its settings."""
         return {name: changes.get(name, value) for name, value in self.settings.items()}
 
+    def with_trial(self, trial: Mapping[str, Any]) -> "Entry":
+        """Itself, with these for its own settings and lr."""
+        return replace(self, settings=self.changed(trial), lr=trial.get("lr", self.lr))
+
 
 _grows_not = partial(AdapterLearner, grows=False)
 
@@ -350,10 +354,7 @@ def under(stream: str, backbone: str | None) -> str:
 def entry_on(name: str, place: str | None) -> Entry:
     """The roster's entry of that name, with the settings tuned in that place (`under`), if there
     are some."""
-    entry = ROSTER[name]
-    best = tuned().get(place or "", {}).get(name, {})
-    settings = {key: best.get(key, value) for key, value in entry.settings.items()}
-    return replace(entry, settings=settings, lr=best.get("lr", entry.lr))
+    return ROSTER[name].with_trial(tuned().get(place or "", {}).get(name, {}))
 
 
 def names(model: Any = None, *kinds: Kind) -> list[str]:

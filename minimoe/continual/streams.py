@@ -54,8 +54,8 @@ USUAL = "subspaces"  # the stream of a run that names none: a minute, and it nee
 
 
 def make(name: str, tasks: int = 5, seed: int = 0) -> Stream:
-    """The stream of that name, or of a function in a file, file.py:make. The seed decides the split
-    into train and test, and what the tasks draw.
+    """The stream of that name, or of a function in a file, file.py:make. The seed decides what the
+    tasks draw; of images, passages and pages those that are tested on are always the same.
 
     Raises ValueError on an unknown name, a number of tasks it cannot have or a seed that cannot be,
     and if somebody's function fails; FileNotFoundError; ModuleNotFoundError where the data comes

@@ -25,7 +25,7 @@ from ..continual.backbones import find
 from ..continual.learn import pretrain, run_stream
 from ..continual.metrics import acc
 from ..continual.stream import Stream, Task
-from ..roster import ROSTER, Entry
+from ..roster import ROSTER
 from ..tools.results import Panel, StudyResult
 from .common import PLACES, cells_of, line, mean
 from .study import Cell, Rows, Study
@@ -66,16 +66,10 @@ def label_of(place: str, name: str, trial: Mapping[str, Any]) -> str:
     return ", ".join([place, name, *(f"{key} {value:g}" for key, value in trial.items())])
 
 
-def with_trial(entry: Entry, trial: Mapping[str, Any]) -> Entry:
-    """An entry with these settings, and lr, for its own."""
-    settings = {key: trial.get(key, value) for key, value in entry.settings.items()}
-    return dataclasses.replace(entry, settings=settings, lr=trial.get("lr", entry.lr))
-
-
 def measure(cell: Cell) -> dict[str, Any]:
     """held: ACC on what is held out; nan if a loss was no number."""
     stream, backbone = held_out(cell["stream"], cell["tasks"], cell["seed"], cell.get("backbone"))
-    entry = with_trial(ROSTER[cell["name"]], cell["trial"])
+    entry = ROSTER[cell["name"]].with_trial(cell["trial"])
     how = {"lr": entry.lr}
     try:
         run = run_stream(

@@ -14,8 +14,8 @@ from minimoe.studies import atlas
 from minimoe.studies.common import ACC, beside
 from minimoe.studies.study import Rows, Study, report
 from minimoe.studies.verdicts import Claim, Comparison, holm, judged, results, together
-from minimoe.tools.results import StudyResult, parse, to_json
-from minimoe.tools.tables import study_table
+from minimoe.tools.results import Sample, Spread, StudyResult, half_interval, parse, to_json
+from minimoe.tools.tables import cell, study_table
 
 VALUES = np.random.default_rng(0).normal(size=(2, 7))
 
@@ -199,6 +199,17 @@ def test_a_repeat_is_the_same_run_but_for_rounding():
         assert not torch.equal(run, repeat)
         torch.testing.assert_close(run, repeat, rtol=1e-9, atol=1e-11)
     assert not torch.equal(again, other) and torch.equal(again, trained(rows=1))
+
+
+def test_half_an_interval_of_a_mean_is_that_of_its_difference_from_0():
+    assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
+    low, high = Comparison("", [0.2, 0.7, 0.4, 0.4], 0.0).interval
+    assert half_interval([0.2, 0.7, 0.4, 0.4]) == pytest.approx((high - low) / 2)
+    assert math.isnan(half_interval([1.0]))
+    assert Sample(1.0, None, [1.0]).half is None
+    assert cell(Sample(2.0, 1.0, [1.0, 2.0, 3.0])) == "2.000±2.484" and cell(Spread(2.0, 1.0)) == (
+        "2.000±1.000"
+    )
 
 
 def test_an_atlas_repeats_what_its_sums_move(monkeypatch):
