@@ -218,13 +218,6 @@ def test_what_speaks_against_the_headline_is_beside_it():
     assert f"that self-activation does better than routing is {claim['verdict']}." in words
 
 
-def test_what_readme_says_of_gates_that_see_a_patch():
-    rows = StudyResult.read(ROOT / "tutorials" / "findings" / "tokens.json").rows
-    for name in ("mora", "lora"):
-        said = f"{name} {pages.spread(rows[f'patch, {name}']['acc'])}"
-        assert said in " ".join(README.split())
-
-
 def test_the_number_of_laws():
     words = {19: "nineteen"}
     assert f"holds it to {words[len(LAWS)]} laws" in README

@@ -2,8 +2,8 @@
 
 memory: what is scored by all that is stored. why: what carries MoRA's gain. routing: who should
 choose the ranks. growth: what happens as tasks come. silence: what happens on inputs of no task.
-grain: how fine experts should be cut. tokens: what remains where a gate sees one token. atlas:
-every scheme on every stream. tuning: which settings a learner has there.
+grain: how fine experts should be cut. atlas: every learner in every place. tuning: which settings
+it has there.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ..continual.streams import require_seeds
 from ..tools.files import write_atomic, write_json
 from ..tools.results import StudyResult, to_json
 from ..tools.tables import findings
-from . import atlas, grain, growth, memory, routing, silence, tokens, tuning, why
+from . import atlas, grain, growth, memory, routing, silence, tuning, why
 from .study import Study, report, run
 
 __all__ = ["STUDIES", "run_study", "stored"]
@@ -25,7 +25,6 @@ STUDIES: dict[str, Study] = {
     "growth": growth.STUDY,
     "silence": silence.STUDY,
     "grain": grain.STUDY,
-    "tokens": tokens.STUDY,
     "atlas": atlas.STUDY,
     "tuning": tuning.STUDY,
 }

@@ -15,7 +15,7 @@ import numpy as np
 from ..adapter import Adapter
 from ..continual import streams
 from ..continual.backbones import Backbone, find
-from ..continual.learn import AdapterLearner, make_backbone, pretrain, run_stream
+from ..continual.learn import AdapterLearner, pretrain, run_stream
 from ..continual.metrics import acc, bwt, plasticity
 from ..continual.probe import PROBLEMS
 from ..roster import EPOCHS, ROSTER, SCHEMES, Kind, names, under
@@ -29,11 +29,15 @@ PERMUTED = "permuted-digits"
 TWO_STREAMS = (PERMUTED, "rotated-digits")
 
 
+IMAGES = ("inputs", "features", "classes")
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """A stream of the main table, under its own model or the backbone of that name. all: whether
     the atlas lives there too, or only the schemes, the baselines and the privileged. trials: as
-    many as each learner has there (tuning.py)."""
+    many as each learner has there (tuning.py). has: what its model has, of what backbones.py names:
+    to know who can live there, nothing need be loaded."""
 
     stream: str
     tasks: int = 5
@@ -41,6 +45,7 @@ class Place:
     backbone: str | None = None
     all: bool = True
     trials: int = 8
+    has: tuple[str, ...] = IMAGES
 
     def setting(self, quick: bool = False) -> Cell:
         """What a cell says of it."""
@@ -51,24 +56,20 @@ class Place:
     def names(self) -> list[str]:
         """Who lives there, of the roster."""
         kinds: list[Kind] = [] if self.all else ["scheme", "baseline", "privileged"]
-        return names(_model(self.stream, self.backbone), *kinds)
-
-
-@functools.cache
-def _model(stream: str, backbone: str | None) -> Any:
-    """To see what it has."""
-    return make_backbone(streams.make(stream, 1), find(backbone) if backbone else None)
+        return [name for name in names(None, *kinds) if set(ROSTER[name].needs) <= {*self.has}]
 
 
 # Where a gate sees an input; and, below, where it sees a patch, a letter, a word: there a run takes
 # minutes, and fewer tasks, epochs, learners and trials have to do.
+REAL = ("inputs", "features")  # no classes: answers are numbers
 PLACES = {
-    "subspaces": Place("subspaces", streams.usual_tasks("subspaces")),
-    **{name: Place(name) for name in ("clusters", *TWO_STREAMS, "split-digits")},
+    "subspaces": Place("subspaces", streams.usual_tasks("subspaces"), has=REAL),
+    "clusters": Place("clusters", has=REAL),
+    **{name: Place(name) for name in (*TWO_STREAMS, "split-digits")},
     "digit-worlds": Place("digit-worlds", trials=4),
     under(PERMUTED, "attention"): Place(PERMUTED, 3, 10, "attention", all=False, trials=4),
-    "sequences": Place("sequences", 3, all=False, trials=4),
-    "docstrings": Place("docstrings", epochs=5, all=False, trials=4),
+    "sequences": Place("sequences", 3, all=False, trials=4, has=("classes", "vocabulary")),
+    "docstrings": Place("docstrings", epochs=5, all=False, trials=4, has=("features", "classes")),
 }
 
 # The smallest effects that matter (verdicts.py). For all measures but accuracy one number, so that

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import joblib
 import pytest
@@ -18,7 +17,7 @@ from torch import nn
 from minimoe.adapt import adapt, count, grow
 from minimoe.compare import compare
 from minimoe.continual.backbones import Backbone
-from minimoe.continual.streams import STREAMS, make
+from minimoe.continual.streams import STREAMS
 from minimoe.roster import ROSTER
 from minimoe.studies import (
     STUDIES,
@@ -29,7 +28,6 @@ from minimoe.studies import (
     run_study,
     silence,
     study,
-    tokens,
 )
 from minimoe.studies.common import carried, mean
 from minimoe.studies.study import Rows, command, file_of, report, run
@@ -292,9 +290,6 @@ def test_the_cells_of_a_study(name, quick, tmp_path):
             assert cell["name"] in ROSTER and cell["stream"] in STREAMS
         elif name == "memory":
             assert cell["method"] in memory.METHODS and cell["stream"] in STREAMS
-        elif name == "tokens":
-            assert cell["scheme"] in ROSTER and cell["stream"] in STREAMS
-            assert len(cell["rates"]) * len(cell["scales"]) in (1, 4)
         elif cell["scheme"] in growth.CLOSED:
             assert cell["scheme"] in ROSTER
         else:
@@ -376,31 +371,3 @@ def test_the_atlas_says_who_is_first_and_who_is_not_told_from_it():
         "First of those that are not told the task or shown all at once: on split-digits olora "
         f"(.910, its lead not supported over ewc; mora .810, no. 3 of {racing})."
     )
-
-
-def test_settings_are_picked_on_what_is_held_out(monkeypatch):
-    stream = make("sequences", 2)
-    kept, held_out = tokens.split(stream, seed=1)
-    for whole, less, held in zip(stream.tasks, kept.tasks, held_out.tasks, strict=True):
-        assert (len(less.x_train), len(held.x_test)) == (384, 128)
-        both = torch.cat([less.x_train, held.x_test])
-        assert sorted(both.tolist()) == sorted(whole.x_train.tolist())
-        assert torch.equal(less.x_test, whole.x_test)
-    cell = tokens.cells([0], quick=False)[0] | {"scheme": "lora", "tasks": 2}
-    held = {(3e-3, 1.0): 0.5, (3e-3, 4.0): 0.7, (1e-2, 1.0): None, (1e-2, 4.0): 0.7}
-
-    def trial(cell, lr, scale):
-        right = 1 - (held[lr, scale] or 0)  # on the test data the worst is the best
-        mass = [[[0.0, 0.0]] * 2, [[1.0, 0.0]] * 2, [[0.25, 0.75], [0.5, 0.5]]]
-        run = SimpleNamespace(matrix=[[0, 0], [0.9, 0], [right, 0.8]], records={"mass": mass})
-        return held[lr, scale] and (held[lr, scale], run)
-
-    monkeypatch.setattr(tokens, "_trial", trial)
-    found = tokens.measure(cell)
-    assert (found["lr"], found["scale"], found["held"]) == (3e-3, 4.0, 0.7)  # of equals the first
-    assert found["acc"] == pytest.approx((0.3 + 0.8) / 2)
-    assert (found["learned"], found["own"]) == (pytest.approx(0.85), (0.25 + 0.5) / 2)
-    assert math.isnan(tokens.measure(cell | {"scheme": "zero_shot"})["lr"])
-    held.update(dict.fromkeys(held))
-    with pytest.raises(FloatingPointError, match="image, lora, seed 0: no setting can be trained"):
-        tokens.measure(cell)

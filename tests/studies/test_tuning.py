@@ -9,9 +9,10 @@ from torch import nn
 from minimoe import roster
 from minimoe.compare import compare
 from minimoe.continual import streams
-from minimoe.continual.learn import LEARNING_RATE
+from minimoe.continual.backbones import find
+from minimoe.continual.learn import LEARNING_RATE, make_backbone
 from minimoe.options import Options
-from minimoe.roster import ROSTER, entry_on, tuned
+from minimoe.roster import ROSTER, entry_on, names, tuned
 from minimoe.setting import Setting
 from minimoe.studies import tuning
 from minimoe.studies.common import PLACES
@@ -166,3 +167,17 @@ def test_a_place_is_a_stream_under_a_model():
         assert ("smora" in there.names()) == there.all
     assert "class_mean" not in PLACES["clusters"].names()
     assert {"trigram", "head_only"} <= set(PLACES["sequences"].names())
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        pytest.param(label, marks=[pytest.mark.slow] if label == "docstrings" else [])
+        for label in PLACES
+    ],
+)
+def test_who_lives_in_a_place_can_live_in_its_model(label):
+    place = PLACES[label]
+    make = find(place.backbone) if place.backbone else None
+    able = names(make_backbone(streams.make(place.stream, 1), make))
+    assert place.names() == [n for n in able if place.all or ROSTER[n].kind != "atlas"]
