@@ -13,7 +13,6 @@ from pathlib import Path
 
 from minimoe.bench import page as bench_page
 from minimoe.bench import read as read_bench
-from minimoe.continual.backbones import Backbone
 from minimoe.roster import TUNED, names
 from minimoe.studies import STUDIES, answer, stored, tuning
 from minimoe.tools.files import read_json, write_atomic, write_json
@@ -60,15 +59,16 @@ def with_table(text: str) -> str:
 
 
 def accuracies() -> str:
-    """All but the atlas that live in its backbone, by findings/atlas.json, without some that others
-    stand for; a dash where the study has not run yet."""
+    """All but the atlas, in each place, by findings/atlas.json, without some that others stand for;
+    a dash where they cannot live, or have not been run yet."""
     atlas = StudyResult.read(HERE / "findings" / "atlas.json")
-    streams = list(dict.fromkeys(row.split(", ")[0] for row in atlas.rows))
-    lines = [f"| final accuracy | {' | '.join(streams)} |", "|---" * (len(streams) + 1) + "|"]
-    for name in names(Backbone(), "scheme", "baseline", "privileged"):
+    places = list(dict.fromkeys(row.split(", ")[0] for row in atlas.rows))
+    heads = [place.split(" under ")[-1].removesuffix("-digits") for place in places]
+    lines = [f"| final accuracy | {' | '.join(heads)} |", "|---" * (len(places) + 1) + "|"]
+    for name in names(None, "scheme", "baseline", "privileged"):
         if name in ("zero_shot", "class_mean", "lda", "head_only", "lora_grown", "replay_80"):
             continue
-        rows = [atlas.rows.get(f"{stream}, {name}") for stream in streams]
+        rows = [atlas.rows.get(f"{place}, {name}") for place in places]
         cells = ["–" if row is None else spread(row["acc"]) for row in rows]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

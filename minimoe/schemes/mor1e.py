@@ -94,6 +94,9 @@ class MoR1ELearner(EmbeddingLearner):
         classes = getattr(model, "classes", None)
         if classes is not None:  # (C, F), as wide as the features
             settings = {"embedding": classes.shape[1], **settings}
+        elif isinstance(D := getattr(model, "inputs", None), int):
+            features = cast(Any, model).features(next(model.parameters()).new_zeros(1, D))
+            settings = {"embedding": features.shape[1], **settings}
         super().__init__(model, scheme, **settings)
 
     def context(self, x: Inputs) -> dict[str, Tensor]:
