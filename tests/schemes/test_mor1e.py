@@ -9,8 +9,10 @@ from oracle import base, softmax
 from torch import nn
 
 from minimoe.adapt import context
+from minimoe.continual import streams
+from minimoe.continual.learn import make_backbone
 from minimoe.continual.probe import dense_gate
-from minimoe.schemes.mor1e import MoR1E
+from minimoe.schemes.mor1e import MoR1E, MoR1ELearner
 
 SETTINGS = {"scale": 0.7, "embedding": 3}
 TASK_AGNOSTIC = {"w1", "w2"}
@@ -75,3 +77,10 @@ class TestMoR1E:
             g = dense_gate(layer, X)
         assert torch.allclose(g.sum(1), torch.tensor(1.125, dtype=torch.float64))
         assert g.std() > 0.01
+
+
+def test_its_embedding_is_as_wide_as_the_features_of_its_model():
+    for stream in ("clusters", "subspaces", "permuted-digits"):
+        model = make_backbone(streams.make(stream, 1))
+        layer = MoR1ELearner(model, rank=2).model.fc1
+        assert layer.embedding == {"clusters": 128}.get(stream, 64)

@@ -10,7 +10,7 @@ from minimoe import roster
 from minimoe.compare import compare
 from minimoe.continual import streams
 from minimoe.continual.backbones import find
-from minimoe.continual.learn import LEARNING_RATE, make_backbone
+from minimoe.continual.learn import LEARNING_RATE, make_backbone, run_stream
 from minimoe.options import Options
 from minimoe.roster import ROSTER, entry_on, names, tuned
 from minimoe.setting import Setting
@@ -181,3 +181,15 @@ def test_who_lives_in_a_place_can_live_in_its_model(label):
     make = find(place.backbone) if place.backbone else None
     able = names(make_backbone(streams.make(place.stream, 1), make))
     assert place.names() == [n for n in able if place.all or ROSTER[n].kind != "atlas"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", PLACES)
+def test_all_who_live_in_a_place_can_be_carried_through_it(label):
+    place = PLACES[label]
+    stream, backbone = tuning.held_out(place.stream, 2, 1000, place.backbone)
+    for name in place.names():
+        for trial in (tuning.trials(name, place.trials)[i] for i in (0, -1)):
+            entry = ROSTER[name].with_trial(trial)
+            run = run_stream(entry.make, backbone, stream, 0, 1, name=name, how={"lr": entry.lr})
+            assert len(run.matrix) == 3, (name, trial)
