@@ -31,7 +31,8 @@ Of the weights, for an expert s that the last task added, ⟨ , ⟩ and ‖ ‖ 
     alike = max over older e of |⟨ΔW_s, ΔW_e⟩| / (‖ΔW_s‖ ‖ΔW_e‖)
     chance                                        alike, of keys and values drawn from N(0, 1)
 
-each a mean over such experts, then over layers; an expert whose ΔW is 0 is left out.
+each a mean over such experts, then over layers; an expert whose ΔW is 0 is left out. (A layer that
+adds no expert for a task, as others do, gives 0 of its mass and of what it says to that task.)
 
 What all of them hold, while the gate weighs the same: they do not change with the order of ranks
 and experts, with the basis in which a block is written (A to M A, B to M⁻ᵀ B), or as a factor moves
@@ -217,8 +218,9 @@ class Recorder:
                     for name, passes in seen.items()
                 ]
                 for key in measured[0] if measured else ():
-                    each = torch.stack([one[key] for one in measured])
-                    self.records[key][i, j] = each.nanmean(0)
+                    mean = torch.stack([one[key] for one in measured]).nanmean(0)
+                    known = self._added(i) if mean.ndim else torch.tensor(True)
+                    self.records[key][i, j] = mean.where(known, math.nan)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -238,6 +240,12 @@ class Recorder:
             self.ranks[name][self.learned :] = layer.ranks
         return self.learned
 
+    def _added(self, i: int) -> Tensor:
+        """(J,): whether any layer has experts of task t, i tasks learned."""
+        ranks = torch.stack([*self.ranks.values()])  # (layers, J + 1)
+        ranks[:, 0], ranks[:, i:] = 0, ranks[:, i : i + 1]
+        return ranks.diff().sum(0) > 0
+
     def _measure(self, i: int, j: int, name: str, layer: Adapter, now: Seen) -> dict[str, Tensor]:
         """What was seen of one layer says, on the inputs of task j, i tasks learned."""
         if i == j + 1:
@@ -246,11 +254,9 @@ class Recorder:
         E, J = now.p.shape[1], len(self.probes)
         first = torch.arange(E) * layer.block  # rank of each expert
         origin = torch.bucketize(first, self.ranks[name][1 : i + 1], right=True)  # (E,)
-        added = origin.bincount(minlength=J) > 0
 
         def by_task(shares: Tensor) -> Tensor:
-            sums = shares.new_zeros(len(shares), J).index_add_(1, origin, shares)
-            return sums.mean(0).where(added, math.nan)
+            return shares.new_zeros(len(shares), J).index_add_(1, origin, shares).mean(0)
 
         p, q = (shares[shares.sum(-1) > 0] for shares in (now.p, now.q))
         k = layer.kept if layer.claims.top_k else E

@@ -37,10 +37,10 @@ SEED = 1000
 
 def trials(name: str, n: int) -> list[dict[str, Any]]:
     """At most n: the roster's own settings and lr, which are the first of `tunes`, then others,
-    each equally likely."""
+    each equally likely. Learners that may choose from the same have the same."""
     tunes = ROSTER[name].tunes
     own, *others = (dict(zip(tunes, each, strict=True)) for each in product(*tunes.values()))
-    random.Random(name).shuffle(others)
+    random.Random(repr(tunes)).shuffle(others)
     return [own, *others[: n - 1]]
 
 
@@ -90,13 +90,21 @@ def held_out(name: str, tasks: int, seed: int, backbone: str | None) -> tuple[St
 
 def validation(stream: Stream, seed: int) -> Stream:
     """The stream whose tests are a quarter of each task's training data, which is held out. Of
-    tasks (and of a base domain) with as many examples these are the same rows."""
+    tasks (and of a base domain) with as many examples these are the same rows; where all examples
+    of a task are the base domain's, perhaps turned, those that are held out there."""
+    of_base: dict[bytes, bool] = {}
 
     def split(task: Task) -> Task:
         n = len(task.x_train)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        rest, held = order.split([n - round(HELD_OUT * n), round(HELD_OUT * n)])
-        train, test = ((task.x_train[rows], task.y_train[rows]) for rows in (rest, held))
+        held = torch.zeros(n, dtype=torch.bool)
+        held[order[n - round(HELD_OUT * n) :]] = True
+        keys = [x.numpy().tobytes() for x in task.x_train.flatten(1).sort(1).values]
+        if task is stream.base:
+            of_base.update(zip(keys, held.tolist(), strict=True))
+        elif all(key in of_base for key in keys):
+            held = torch.tensor([of_base[key] for key in keys])
+        train, test = ((task.x_train[rows], task.y_train[rows]) for rows in (~held, held))
         return dataclasses.replace(task, train=train, test=test)
 
     base = None if stream.base is None else split(stream.base)

@@ -30,7 +30,7 @@ def test_what_is_held_out_is_not_trained_on_and_no_test(name):
     less = tuning.validation(whole, 5)
     for task, full in zip(less.tasks, whole.tasks, strict=True):
         n = len(full.x_train)
-        assert (len(task.x_train), len(task.x_test)) == (n - round(n / 4), round(n / 4))
+        assert len(task.x_test) == pytest.approx(n / 4, abs=0.51 if name != "split-digits" else 25)
         both = torch.cat([task.x_train, task.x_test])
         assert torch.equal(both.sort(0).values, full.x_train.sort(0).values)
     if name == "permuted-digits":  # of the same images, in every task and in the base domain
@@ -39,6 +39,8 @@ def test_what_is_held_out_is_not_trained_on_and_no_test(name):
         tests = rows_of(whole.tasks[0].x_test)
         for task in (*less.tasks, less.base):
             assert not held[0] & rows_of(task.x_train) and not held[0] & tests
+    if name == "split-digits":  # its tasks are parts of the base domain
+        assert all(not rows_of(task.x_test) & rows_of(less.base.x_train) for task in less.tasks)
 
 
 def test_all_that_choose_have_as_many_trials_and_their_own_settings_first():
@@ -50,6 +52,9 @@ def test_all_that_choose_have_as_many_trials_and_their_own_settings_first():
         assert len(trials) == min(8, possible), name
         for trial in trials:
             assert all(trial[key] in values for key, values in entry.tunes.items())
+    # paired where learners differ in one thing
+    assert tuning.trials("mora", 8) == tuning.trials("mora_detached", 8)
+    assert tuning.trials("lora", 4) == tuning.trials("oracle", 4) == tuning.trials("replay_20", 4)
     # the same for every stream and machine, and few are the first of many
     assert tuning.trials("mora", 8)[:4] == tuning.trials("mora", 4)
     few = {name for name in ROSTER if len(tuning.trials(name, 8)) < 8}
