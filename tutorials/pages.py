@@ -75,7 +75,9 @@ def accuracies() -> str:
 
 
 def spread(value) -> str:
-    return "–" if value.mean is None else f"{short(value.mean)} ± {short(value.half)}"
+    if value.mean is None:
+        return "–"
+    return short(value.mean) + ("" if value.half is None else f" ± {short(value.half)}")
 
 
 def settings() -> dict:

@@ -59,8 +59,9 @@ class ClassMean(Learner):
         return logits.masked_fill(seen.to(features.device) == 0, -torch.inf)
 
     def count(self) -> dict[str, int]:
-        means = self.total[0].numel()
-        return {"trainable": 0, "stored": means, "read": means, "speaking": means}
+        """Stored are both sums, and how many they are of."""
+        means, stored = self.total[0].numel(), self.total.numel() + self.seen.numel()
+        return {"trainable": 0, "stored": stored, "read": means, "speaking": means}
 
     def state(self) -> dict[str, Tensor]:
         return {"total": self.total.clone(), "seen": self.seen.clone()}

@@ -1,6 +1,7 @@
 """The question that the studies are for, answered from their numbers: where, at which memory, does
 self-activation help, against what, and why?"""
 
+import math
 import statistics
 from collections.abc import Mapping
 
@@ -19,16 +20,18 @@ Written by `python tutorials/pages.py` from the numbers of [memory and why](find
 
 At each size of MoRA: of all learners whose ranks score themselves (mora, by the size of its scores,
 of whole LoRAs, with a detached gate) the best of those that store no more, against the best of all
-others that store no more, the backbone counted where it is needed; and who passes it with the
-fewest numbers, at any memory. None is told the task, or sees all tasks at once. Verdicts are those
-of [findings](findings.md), the smallest effect that matters {matters}, and all lines one family.
-Both sides are the best of several by these same numbers, so small differences say little.
+others that store no more, of all sizes tried, the backbone counted where it is needed; and who
+passes it with the fewest numbers, at any memory. None is told the task, or sees all tasks at once.
+Verdicts are those of [findings](findings.md), the smallest effect that matters {matters}, and all
+lines one family. Both sides are the best of several by these same numbers, so small differences say
+little.
 """
 WHY = """\
 ## Why
 
 Of MoRA's gate one part at a time is changed (`minimoe study why`), at equal numbers of ranks that
-speak. Positive: as MoRA has it is better.
+speak; a cosine router's scores are normalised in its own way, and raw scores have a tau of their
+own. Positive: as MoRA has it is better.
 """
 MEASURES = ("acc", "whole")
 PARTS = {  # what MoRA has, and what it is changed to
@@ -36,7 +39,7 @@ PARTS = {  # what MoRA has, and what it is changed to
     "ranks score themselves, not a cosine router": "cosine router",
     "single ranks choose, not whole LoRAs": "blocks",
     "a score's sign counts, not its size": "score by size",
-    "scores are normalised": "no norm",
+    "scores are normalised, tau .1; not raw, tau 1": "no norm, tau 1",
     "the gate has a gradient": "detached gate",
     "few ranks speak, not all": "all speak",
 }
@@ -50,13 +53,15 @@ def page(by_memory: StudyResult, by_part: StudyResult) -> str:
     """Markdown, of the studies memory and why."""
     duels = _duels(by_memory)
     verdicts = judged([comparison for *_, comparison in duels])
-    head = "| stream | self-activated | best other, no larger | difference | | passed by |"
+    head = (
+        "| stream, at mora's | self-activated | best other, no larger | difference | | passed by |"
+    )
     lines = [HEAD.format(matters=short(ACC)), head, "|---|---|---|---|---|---|"]
-    for (stream, ours, theirs, _), verdict in zip(duels, verdicts, strict=True):
+    for (stream, size, ours, theirs, _), verdict in zip(duels, verdicts, strict=True):
         rows = _rows(by_memory, stream)
         passing = _smallest_above(rows, ours)
         both = [_said(rows, row) for row in (ours, theirs)]
-        cells = [stream, *both, _interval(verdict), verdict.verdict]
+        cells = [f"{stream}, {size}", *both, _interval(verdict), verdict.verdict]
         lines.append(f"| {' | '.join([*cells, _said(rows, passing) if passing else '–'])} |")
     lines += ["", f"**{_sentence(duels, verdicts)}**", "", WHY]
     streams = [stream for stream in why.TASKS if f"{stream}, {why.USUAL}" in by_part.rows]
@@ -98,8 +103,11 @@ def _smallest_above(rows: Mapping[str, Mapping[str, Values]], ours: str) -> str 
     return min(above, key=lambda row: means[row][1], default=None)
 
 
-def _duels(result: StudyResult) -> list[tuple[str, str, str, Comparison]]:
-    """(stream, best self-activated, best other, their comparison) at each size of MoRA."""
+Duel = tuple[str, str, str, str, Comparison]
+
+
+def _duels(result: StudyResult) -> list[Duel]:
+    """(stream, MoRA's size, best self-activated, best other, their comparison), at each size."""
     found = []
     for stream in memory.TASKS:
         rows = _rows(result, stream)
@@ -109,7 +117,7 @@ def _duels(result: StudyResult) -> list[tuple[str, str, str, Comparison]]:
             theirs = _best(rows, budget, without=(*memory.SELF, *memory.PRIVILEGED))
             if ours and theirs:
                 pair = Comparison(stream, rows[ours]["acc"], rows[theirs]["acc"], ACC)
-                found.append((stream, ours, theirs, pair))
+                found.append((stream, size.removeprefix("mora, "), ours, theirs, pair))
     return found
 
 
@@ -134,19 +142,18 @@ def _interval(effect: Comparison | ComparisonResult) -> str:
     low, high = (
         (effect.low, effect.high) if isinstance(effect, ComparisonResult) else effect.interval
     )
-    return f"{signed(effect.effect)} [{signed(low)}, {signed(high)}]"
+    around = "" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]"
+    return f"{signed(effect.effect)}{around}"
 
 
-def _sentence(
-    duels: list[tuple[str, str, str, Comparison]], verdicts: list[ComparisonResult]
-) -> str:
+def _sentence(duels: list[Duel], verdicts: list[ComparisonResult]) -> str:
     """Where it is supported, and where refuted."""
     said = {}
     for word in ("supported", "refuted", "inconclusive"):
         places: dict[str, list[str]] = {}
-        for (stream, ours, _, _), verdict in zip(duels, verdicts, strict=True):
+        for (stream, size, *_), verdict in zip(duels, verdicts, strict=True):
             if verdict.verdict == word:
-                places.setdefault(stream, []).append(ours.rpartition(" ")[2])
+                places.setdefault(stream, []).append(size.removeprefix("rank "))
         said[word] = "; ".join(f"{s} at rank {', '.join(ranks)}" for s, ranks in places.items())
     return (
         f"That it helps at equal memory is supported on: {said['supported'] or 'nothing'}. "

@@ -70,9 +70,9 @@ class Rows(Mapping[str, dict[str, list[Any]]]):
         return self._rows[label][0]
 
     def runs(self, label: str, measure: str) -> list[Values]:
-        """The values of rows[label][measure], and then those of each repeat that measured it."""
-        first, *repeats = (row[measure] for row in self._rows[label].values())
-        return [first, *(values for values in repeats if all(map(math.isfinite, values)))]
+        """The values of rows[label][measure], and then those of each repeat; nan where one did not
+        measure it."""
+        return [row[measure] for row in self._rows[label].values()]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -213,7 +213,8 @@ def report(
 
 def _sample(runs: Sequence[Values]) -> Sample:
     spread = Spread.of(runs[0])
-    return Sample(spread.mean, spread.std, to_json(runs[0]), to_json(runs[1:]) or None)
+    repeats = [run for run in runs[1:] if all(map(math.isfinite, run))]
+    return Sample(spread.mean, spread.std, to_json(runs[0]), to_json(repeats) or None)
 
 
 def command(name: str, seeds: Sequence[int], quick: bool) -> str:

@@ -10,7 +10,8 @@ their sums alone (R = 1 where a study did not ask for more):
     p(a)       2 P(T_ν > |e - a| / √(s² / n + u)), the p-value of "the true difference is a"
 
 u is not divided by R: another machine makes one run, and not the mean of R. Without repeats u is 0,
-and the spread between machines is not in the interval.
+and the spread between machines is not in the interval. Where s and u are 0, seeds that all say the
+same do not say how far another would be off: there is no interval, and p is 1.
 
 A study makes a family of comparisons, each with `matters`, the smallest effect that matters, which
 its source states before anybody looks. Holm's correction (1979) is over that family, once for all
@@ -20,9 +21,11 @@ p(0) and once for all p(matters):
     refuted        e < matters, and Holm's p(matters) is below 5 %
     inconclusive   neither
 
-So to be refuted is to have what was claimed excluded: by an effect that points the other way, by
-none, and by one that is there but too small to matter. Each of the two families can err on one side
-only, at 2.5 %, so in at most 5 % of all studies any verdict is wrong.
+So to be supported is to be told from 0, by an estimate of at least what matters: the true effect is
+above 0, and may be somewhat less than that. To be refuted is to have what was claimed excluded: by
+an effect that points the other way, by none, and by one that is there but too small to matter. Each
+of the two families can err on one side only, at 2.5 %, so in at most 5 % of all studies any verdict
+is wrong: "above 0" or "below what matters".
 """
 
 import math
@@ -36,11 +39,12 @@ from ..tools.results import ClaimResult, ComparisonResult, Verdict
 
 Values = list[float]  # one per seed
 LEVEL = 0.05
+DECIMALS = 12  # of a difference; what is below is the values' own rounding
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Is `more` above `less`, over the same seeds, by as much as matters?
+    """Is `more` above `less`, over the same seeds, and by how much?
 
     more, less: values, one per seed; or such a list for each run, the first run first; less may be
     one number.
@@ -56,15 +60,20 @@ class Comparison:
             raise ValueError(f"matters is {self.matters}, allowed: 0 or more")
 
     def above(self, at: float = 0.0) -> np.ndarray:
-        """more - less - at, (R, n), where what is lost in the values' own rounding counts as 0."""
-        more, less = np.atleast_2d(self.more), np.atleast_2d(self.less)
-        each = more - less - at
-        lost = 4 * np.finfo(float).eps * (abs(more) + abs(less) + abs(at))
-        return np.where(abs(each) <= lost, 0.0, each)
+        """more - less - at, (R, n). A run that is no number, on either side, is left out, but for
+        the first."""
+        each = np.atleast_2d(self.more) - np.atleast_2d(self.less) - at
+        whole = np.isfinite(each).all(1)
+        whole[0] = True
+        return np.round(each[whole], DECIMALS)
+
+    def mean_above(self, at: float = 0.0) -> float:
+        """The mean of more - less - at, of the first run."""
+        return round(float(self.above(at)[0].mean()), DECIMALS)
 
     @property
     def effect(self) -> float:
-        return float(self.above()[0].mean())
+        return self.mean_above()
 
     def spread(self) -> tuple[float, float]:
         """√(s² / n + u), and ν; of one seed, or where a value is nan, an error of nan."""
@@ -72,8 +81,8 @@ class Comparison:
         R, n = each.shape
         if n < 2:
             return math.nan, math.nan
-        seeds = each[0].var(ddof=1) / n
-        runs = each.mean(1).var(ddof=1) if R > 1 else 0.0
+        seeds = variance(each[0]) / n
+        runs = variance(np.round(each.mean(1), DECIMALS)) if R > 1 else 0.0
         total = seeds + runs
         if not runs:
             return math.sqrt(total), n - 1
@@ -82,18 +91,18 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of 95 %, nothing corrected."""
+        """Of 95 %, nothing corrected; nan where there is none."""
         error, of = self.spread()
-        half = float(stdtrit(of, 1 - LEVEL / 2)) * error
+        half = float(stdtrit(of, 1 - LEVEL / 2)) * error if error else math.nan
         return self.effect - half, self.effect + half
 
     def p(self, at: float = 0.0) -> float:
         """p(at); 1 where nothing can be told."""
         error, of = self.spread()
-        away = abs(self.above(at)[0].mean())
-        if math.isnan(error + away) or away == 0:
+        away = abs(self.mean_above(at))
+        if math.isnan(error + away) or error == 0:
             return 1.0
-        return float(2 * stdtr(of, -away / error)) if error else 0.0
+        return float(2 * stdtr(of, -away / error))
 
     @property
     def verdict(self) -> Verdict:
@@ -104,6 +113,11 @@ class Comparison:
         low, high = self.interval
         spread = "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
         return f"{self.label}: {self.effect:+.3f}{spread} ({self.verdict})"
+
+
+def variance(values: np.ndarray) -> float:
+    """The sample's; of equal values 0, and not the rounding of their mean."""
+    return float(values.var(ddof=1)) if np.ptp(values) else 0.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ def judged(family: Sequence[Comparison]) -> list[ComparisonResult]:
     found = []
     for i, (of_0, of_matters) in enumerate(zip(holm(p), holm(p_matters), strict=True)):
         c = family[i]
-        enough = c.above(c.matters)[0].mean() >= 0
+        enough = c.mean_above(c.matters) >= 0
         verdict: Verdict = "inconclusive"
         if enough and of_0 < LEVEL:
             verdict = "supported"

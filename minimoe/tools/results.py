@@ -22,6 +22,7 @@ else:  # in JSON a number or null
     Number = Annotated[float | None, AfterValidator(lambda n: math.nan if n is None else n)]
 Result = TypeVar("Result")
 Verdict = Literal["supported", "refuted", "inconclusive", "conflicting"]
+ROUNDING = 1e-12
 EXACT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 MEND = "the command that wrote it writes it anew"
 
@@ -46,10 +47,10 @@ class Spread:
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean of n values, t s / √n, t of n - 1 degrees; of
-    one value nan."""
+    """Half the width of the 95 % interval of the mean of n values, t s / √n, t of n - 1 degrees.
+    nan of one value, and where all are the same: nothing then says how far another would be off."""
     n = len(values)
-    if n < 2:
+    if n < 2 or max(values) - min(values) < ROUNDING:
         return math.nan
     return float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
 
@@ -66,7 +67,8 @@ class Sample(Spread):
     def half(self) -> float | None:
         """`half_interval`; None where there is none."""
         values = [value for value in self.values if value is not None]
-        return None if self.std is None else half_interval(values)
+        half = half_interval(values)
+        return None if self.std is None or math.isnan(half) else half
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def short(value: float) -> str:
 
 def signed(value: float) -> str:
     """+.947, -.014"""
-    return "+" * (value >= 0) + short(value)
+    return "+" * (value >= 0) + short(value + 0.0)  # + 0.0: a zero has no sign
 
 
 def probability(p: float) -> str:
@@ -200,11 +200,13 @@ SEEDS_ALONE = """\
 The spread between machines is in no interval here: nothing was run again, its sums in another
 order."""
 REPEATED = """\
-The intervals of {} hold the spread between machines: runs again, their sums in another order."""
+Of {}, runs were made again, their sums in another order, as another machine may choose it: the
+spread between them is in the intervals of comparisons, and in no ±."""
 
 
 def study_table(result: StudyResult, width: int | None = None) -> str:
-    """A study as text for a terminal, means ± half of their 95 % intervals over seeds."""
+    """A study as text for a terminal, means ± half of their 95 % intervals over seeds; without ±
+    where every seed gives the same."""
     lines = [["", *result.columns.values()]]
     for label, row in result.rows.items():
         lines.append([label, *(_number(row[measure]) for measure in result.columns)])
@@ -232,11 +234,11 @@ def _comparisons(result: StudyResult) -> list[list[str]]:
 
 def _machines(result: StudyResult) -> str:
     repeated = [
-        head
-        for measure, head in result.columns.items()
-        if any(row[measure].repeats for row in result.rows.values())
+        label
+        for label, row in result.rows.items()
+        if any(row[measure].repeats for measure in result.columns)
     ]
-    return REPEATED.format(", ".join(repeated)) if repeated else SEEDS_ALONE
+    return REPEATED.format("; ".join(repeated)) if repeated else SEEDS_ALONE
 
 
 def _number(value: Spread) -> str:

@@ -306,7 +306,8 @@ def test_the_words_of_a_finding_follow_the_numbers(name):
         order = list(dict.fromkeys(cell["row"] for cell in cells))
         found = []
         for cell in cells:
-            value = 0.5 + slope * order.index(cell["row"]) + 0.0001 * cell["seed"]
+            place = slope * (order.index(cell["row"]) + 0.01 * (cell["seed"] * 7919 % 5) ** 0.5)
+            value = 0.5 + place * (1 + 0.001 * cell["seed"])
             one = dict.fromkeys((*STUDIES[name].columns, "chance", "back", "anew"), value)
             curves = ("seen", "drift", "reads", "steps", "peaks")
             lines = {curve: [value, value] for curve in curves}
@@ -362,12 +363,12 @@ def test_the_atlas_says_who_is_first_and_who_is_not_told_from_it():
         for name in ROSTER
         for seed in (0, 1, 2)
     ]
-    accs = {"olora": [0.9, 0.91, 0.92], "ewc": [0.7, 0.9, 1.0], "mora": [0.8, 0.81, 0.82]}
+    accs = {"olora": [0.9, 0.91, 0.92], "ewc": [0.7, 0.9, 1.0], "mora": [0.8, 0.81, 0.83]}
     accs["joint"] = [1.0, 1.0, 1.0]  # sees all at once, and so is not in the race
-    found = [{"acc": accs.get(c["name"], [0.1, 0.11, 0.12])[c["seed"]]} for c in cells]
+    found = [{"acc": accs.get(c["name"], [0.1, 0.12, 0.12])[c["seed"]]} for c in cells]
     racing = sum(entry.kind != "privileged" for entry in ROSTER.values())
     said = atlas.finding(Rows(cells, found))
     assert said == (
         "First of those that are not told the task or shown all at once: on split-digits olora "
-        f"(.910, its lead not supported over ewc; mora .810, no. 3 of {racing})."
+        f"(.910, its lead not supported over ewc; mora .813, no. 3 of {racing})."
     )

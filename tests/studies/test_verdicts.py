@@ -80,12 +80,30 @@ def test_what_is_lost_in_rounding_is_no_difference():
     same = Comparison("", [0.1 + 0.2] * 5, [0.3] * 5)
     assert 0.1 + 0.2 != 0.3 and same.effect == 0 and same.p() == 1
     assert same.verdict == "inconclusive"
-    assert Comparison("", [0.5, 0.5], [0.5, 0.5]).verdict == "inconclusive"
-    # just what matters, but for rounding: not less than it
-    just = Comparison("", [0.82] * 5, [0.8] * 5, matters=0.02)
-    assert just.effect < 0.02 and just.verdict == "supported"
-    below = Comparison("", [0.3 - 1e-12] * 5, [0.3] * 5)
-    assert below.verdict == "refuted"  # small, and there
+    # differences of 12, 6, ... images of 450, in the mean just what matters: not less than it
+    for shift in range(200):
+        less = [shift / 450] * 10
+        more = [(12 + shift) / 450] * 5 + [(6 + shift) / 450] * 5
+        just = Comparison("", more, less, matters=0.02)
+        assert just.effect == pytest.approx(0.02) and just.verdict == "supported"
+
+
+def test_seeds_that_all_say_the_same_say_nothing_of_another():
+    for more in ([0.5, 0.5], [0.7, 0.7], [0.1 + 0.2, 0.3], [0.7] * 10):
+        for one in (
+            Comparison("", more, [0.5] * len(more), 0.02),
+            Comparison("", [0.5] * len(more), more),
+        ):
+            assert one.verdict == "inconclusive" and one.p() == one.p(0.02) == 1
+            assert all(map(math.isnan, one.interval)) and "[" not in str(one)
+        assert math.isnan(half_interval(more)) and Sample(more[0], 0.0, more).half is None
+
+
+def test_a_run_that_is_no_number_is_left_out_on_both_sides():
+    more, less = [[1.0, 3.0, 5.0], [math.nan, 2.0, 3.0], [2.0, 3.0, 5.0]], [[0.0, 1.0, 2.0]] * 3
+    both = Comparison("", more, less)
+    assert both.spread() == Comparison("", [more[0], more[2]], less[:2]).spread()
+    assert math.isnan(Comparison("", more[1:], less[1:]).spread()[0])
 
 
 def test_one_seed_tells_nothing_and_nan_nothing():
@@ -168,18 +186,19 @@ def test_rows_keep_repeats_apart_and_a_page_says_so():
     found = [{"acc": v, "seconds": 1.0} for values in measured.values() for v in values]
     rows = Rows(cells, found)
     assert rows["a"]["acc"] == [0.1, 0.2]
-    assert rows.runs("a", "acc") == [[0.1, 0.2], [0.3, 0.4]]  # a repeat did not measure it
+    first, repeat, broken = rows.runs("a", "acc")
+    assert (first, repeat) == ([0.1, 0.2], [0.3, 0.4]) and math.isnan(broken[0])
 
     def claims(rows):
         return [Claim(1, "Large.", [Comparison("acc - 0", rows.runs("a", "acc"), 0.0, 0.02)])]
 
     study = Study("?", None, None, {"acc": "ACC"}, lambda rows: [], lambda rows: "Found.", claims)
-    for n, words in ((4, "hold the spread between machines"), (2, "in no interval")):
+    for n, words in ((6, "Of a, runs were made again"), (2, "in no interval")):
         result = report("tiny", study, [0, 1], False, cells[:n], found[:n])
         assert parse(StudyResult, to_json(result)) == result
         text = study_table(result)
         assert "1. Large." in text and "  acc - 0 " in text and words in text
-        assert result.rows["a"]["acc"].repeats == ([[0.3, 0.4]] if n == 4 else None)
+        assert result.rows["a"]["acc"].repeats == ([[0.3, 0.4]] if n == 6 else None)
 
 
 def test_a_repeat_is_the_same_run_but_for_rounding():
