@@ -98,14 +98,17 @@ def alike(A: Tensor, B: Tensor, old: int, block: int = 1) -> Tensor:
 
 
 def chance_alike(A: Tensor, B: Tensor, old: int, block: int = 1) -> float:
-    """The mean of `alike` for keys and values of the same shapes, N(0, 1) instead (values of 0 stay
-    0): the mean of DRAWS seeded draws. nan as `alike` is."""
+    """The mean of `alike` for keys and values N(0, 1) instead, of as many experts as say something:
+    the mean of DRAWS seeded draws. nan as `alike` is."""
+    speaks = (A.any(1) & B.any(1)).view(-1, block).any(1)  # (E,)
+    before, ranks = (block * int(some.sum()) for some in (speaks[: old // block], speaks))
+    if before in (0, ranks):
+        return math.nan
     draw = torch.Generator().manual_seed(0)
-    speaks = B.any(-1, keepdim=True).cpu()
     means = []
     for _ in range(DRAWS):
-        keys, values = (torch.randn(F.shape, generator=draw).double() for F in (A, B))
-        means.append(alike(keys, values * speaks, old, block).nanmean())
+        keys, values = (torch.randn(ranks, F.shape[1], generator=draw).double() for F in (A, B))
+        means.append(alike(keys, values, before, block).nanmean())
     return float(torch.stack(means).mean())
 
 

@@ -165,10 +165,14 @@ def finding(rows: Rows) -> str:
     for place in PLACES:
         gains = {name: gain(means) for name, means in tried(rows, place).items()}
         if gains:
-            most = max(gains, key=lambda name: -1.0 if math.isnan(gains[name]) else gains[name])
-            own = f", mora {gains['mora']:.3f}" if "mora" in gains and most != "mora" else ""
+            known = {name: value for name, value in gains.items() if not math.isnan(value)}
+            lost = [name for name in gains if name not in known]  # at their own settings
+            most = max(known, key=known.__getitem__, default="nobody")
+            own = f", mora {known['mora']:.3f}" if "mora" in known and most != "mora" else ""
             parts.append(
-                f"on {place} {mean(list(gains.values()))} (most {most} {gains[most]:.3f}{own})"
+                f"on {place} {mean([*known.values()] or [math.nan])} (most {most} "
+                f"{known.get(most, math.nan):.3f}{own}"
+                f"{''.join(f'; {name} had diverged' for name in lost)})"
             )
     return (
         "What trials add to ACC on held-out data, over the settings that a learner would have had "

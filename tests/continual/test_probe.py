@@ -115,8 +115,13 @@ def test_the_chance_of_alike_is_that_of_random_updates():
     pairs = [alike(torch.randn(2, 12), torch.randn(2, 20), 1).item() for _ in range(4000)]
     assert np.mean(pairs) == pytest.approx(2 / (math.pi * 240**0.5), rel=0.1)
     assert math.isnan(chance_alike(A, 0 * B, 40))
-    B[:39] = 0  # of older experts that say nothing none is counted
-    assert chance_alike(A, B, 40) < many / 2
+    B[:39] = 0  # of experts that say nothing none is counted, older or new
+    assert chance_alike(A, B, 40) == chance_alike(A[39:], B[39:], 1) < many / 2
+    assert chance_alike(torch.cat([A, A]), torch.cat([B, 0 * B]), 40) == chance_alike(A, B, 40)
+    # a block is one in any basis: here a rank of it is 0, there it is not
+    B = torch.ones(12, 20)
+    B[1::2] = 0
+    assert chance_alike(A[:12], B, 8, 2) == chance_alike(A[:12], torch.ones(12, 20), 8, 2)
 
 
 @pytest.mark.parametrize("block", [1, 3])
@@ -388,6 +393,29 @@ def test_a_layer_that_does_not_grow_has_no_later_ranks():
     assert math.isnan(PROBLEMS["intrusion"](recorder.records))
     assert math.isnan(PROBLEMS["redundancy"](recorder.records))
     assert PROBLEMS["interference"](recorder.records) == 0
+
+
+def test_where_layers_grow_apart_shares_are_still_shares():
+    """As SEMA's do: one is born in task 1 and grows in task 2, the other in task 3."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LoRA(nn.Linear(4, 4), rank=2), LoRA(nn.Linear(4, 4), rank=2))
+    recorder = Recorder([torch.randn(6, 4) for _ in range(3)])
+    recorder.record(model)
+    for grows in ((), (model[0],), (model[1],)):
+        for layer in grows:
+            layer.grow()
+        for layer in model:
+            nn.init.normal_(layer.B)
+        recorder.record(model)
+    for name in ("mass", "said"):
+        shares = recorder.records[name]
+        for i in (1, 2, 3):
+            torch.testing.assert_close(shares[i, :i, :i].sum(-1), torch.ones(i).double())
+            assert shares[i, :, i:].isnan().all()
+        # what one layer has added, the mean with the 0 of the other
+        assert 0 < shares[3, 0, 1] < 0.5 and 0 < shares[3, 0, 2] < 0.5
+    assert PROBLEMS["intrusion"](recorder.records) <= 1
+    assert PROBLEMS["intrusion"](recorder.records) <= PROBLEMS["instability"](recorder.records)
 
 
 def test_a_model_without_adapters_gives_nan():
