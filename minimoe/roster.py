@@ -38,7 +38,8 @@ Kind = Literal["scheme", "atlas", "baseline", "privileged"]
 #   ranks, where at the paper's .01 it all but picks one, and learns less.
 # - top_k: of mora 8, one task's worth of ranks; of schemes of whole LoRAs 3, of mocle 8 clusters.
 #   smora and flylora are what they are by the share that speaks, which is their papers': 8 of 64
-#   ranks, here 5 of the 40 after five tasks; and 8 of a task's 32, here 2 of its 8.
+#   ranks, here 5 of the 40 after five tasks (on subspaces, of 64 after eight, they are fewer than
+#   its paper's); and 8 of a task's 32, here 2 of its 8.
 # They are the first of a learner's trials (studies/tuning.py). On a stream of TUNED it has those
 # that did best there.
 EPOCHS = 20

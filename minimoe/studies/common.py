@@ -1,7 +1,8 @@
 """What several studies share: schemes at the roster's settings, one run through a stream, and the
 words and lines that numbers become.
 
-All schemes have the settings of `minimoe compare` (roster.py), but for what a row's label says.
+Schemes have the roster's own settings (roster.py), but for what a row's label says; in the studies
+atlas and memory those that were tuned on the stream (tuning.py).
 """
 
 import dataclasses
