@@ -27,7 +27,8 @@ from ..continual.metrics import acc
 from ..continual.stream import Stream, Task
 from ..roster import ROSTER
 from ..tools.results import Panel, StudyResult
-from .common import PLACES, cells_of, line, mean
+from ..tools.tables import short
+from .common import PLACES, cells_of, line
 from .study import Cell, Rows, Study
 from .verdicts import Claim
 
@@ -170,13 +171,13 @@ def finding(rows: Rows) -> str:
             most = max(known, key=known.__getitem__, default="nobody")
             own = f", mora {known['mora']:.3f}" if "mora" in known and most != "mora" else ""
             parts.append(
-                f"on {place} {mean([*known.values()] or [math.nan])} (most {most} "
+                f"on {place} {short(statistics.median(known.values() or [math.nan]))} (most {most} "
                 f"{known.get(most, math.nan):.3f}{own}"
                 f"{''.join(f'; {name} had diverged' for name in lost)})"
             )
     return (
         "What trials add to ACC on held-out data, over the settings that a learner would have had "
-        f"anyway, in the mean over learners: {'; '.join(parts)}."
+        f"anyway, in the median over learners: {'; '.join(parts)}."
     )
 
 

@@ -212,33 +212,49 @@ def _question(result: StudyResult, figure: Figure) -> str:
 
 
 def _plot_points(result: StudyResult, path: Path) -> None:
-    """Rows from the top down, panels side by side, means and 95 % intervals."""
+    """Rows from the top down, means and 95 % intervals. What is beyond ±1 is an arrow there."""
     panels = result.panels
     most = max(len(panel.names or []) for panel in panels)
     same = all(panel.names == panels[0].names for panel in panels)
-    size = 1.6 + (2.9 if same else 3.6) * len(panels), 1.6 + 0.27 * most
+    across = len(panels) if len(panels) < 5 else 3
+    down = math.ceil(len(panels) / across)
+    size = 1.6 + (2.9 if same else 3.6) * across, 0.6 + down * (1.0 + 0.22 * most)
     figure = Figure(figsize=size, layout="constrained")
-    grid = np.atleast_1d(figure.subplots(1, len(panels), sharey=same))
-    for axes, panel in zip(grid, panels, strict=True):
+    grid = figure.subplots(down, across, sharey=same, squeeze=False).flatten()
+    styles: dict[str, Any] = {}
+    for kind in (kind for panel in panels for kind in panel.kinds or []):
+        i = len(styles)
+        styles.setdefault(kind, {"fmt": MARKERS[i], "color": COLOURS[i], "label": kind})
+    for axes, panel in zip(grid, panels, strict=False):
         names, kinds = panel.names or [], panel.kinds or []
-        for i, kind in enumerate(dict.fromkeys(kinds)):
-            at = [y for y, other in enumerate(kinds) if other == kind]
-            mean, half = (
-                [panel.lines[y].mean[0] for y in at],
-                [panel.lines[y].half[0] for y in at],
-            )
-            style: Any = {"fmt": MARKERS[i], "color": COLOURS[i], "ms": 6, "capsize": 3}
-            axes.errorbar(mean, at, xerr=half, label=kind, **style)
+        means = [line.mean[0] for line in panel.lines]
+        for y, (line, kind) in enumerate(zip(panel.lines, kinds, strict=True)):
+            at, style = min(max(means[y], -1.0), 1.0), {**styles[kind]}
+            if at != means[y]:
+                style["fmt"] = "<" if at < 0 else ">"
+            half = None if at != means[y] else line.half[0]
+            axes.errorbar(at, y, xerr=half, ms=6, capsize=3, **style)
         axes.set(title=panel.title, xlabel=panel.xlabel)
-        if min(line.mean[0] or 0 for line in panel.lines) < 0:  # differences
+        if min(mean or 0 for mean in means) < 0:
             axes.axvline(0, color="black", lw=0.8)
         else:
-            axes.set_xlim(0, 1)
+            axes.set_xlim(0, 1.02)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    known = {
+        label: handle
+        for axes in grid[: len(panels)]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(
-        *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+        [known[kind] for kind in styles],
+        [*styles],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
     )
     figure.suptitle(_question(result, figure))
     _write(figure, path)

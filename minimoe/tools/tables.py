@@ -204,15 +204,24 @@ Of {}, runs were made again, their sums in another order, as another machine may
 spread between them is in the intervals of comparisons, and in no ±."""
 
 
-def study_table(result: StudyResult, width: int | None = None) -> str:
+LONG = 400  # rows of a table on a page
+TOO_LONG = """\
+{} rows, of which these are the first {}. All of them: `minimoe table {}.json`."""
+
+
+def study_table(result: StudyResult, width: int | None = None, most: int | None = None) -> str:
     """A study as text for a terminal, means ± half of their 95 % intervals over seeds; without ±
-    where every seed gives the same."""
+    where every seed gives the same. most: rows of the table, by default all."""
     lines = [["", *result.columns.values()]]
-    for label, row in result.rows.items():
+    shown = dict(list(result.rows.items())[:most])
+    for label, row in shown.items():
         lines.append([label, *(_number(row[measure]) for measure in result.columns)])
     seeds = ", ".join(map(str, result.seeds))
     head = f"{result.study}: {result.asks} Seeds {seeds}."
-    parts = [filled(head, width), "", *aligned(lines, width), "", filled(result.finding, width)]
+    parts = [filled(head, width), "", *aligned(lines, width), ""]
+    if len(shown) < len(result.rows):
+        parts += [filled(TOO_LONG.format(len(result.rows), len(shown), result.study), width), ""]
+    parts.append(filled(result.finding, width))
     if result.claims:
         parts += ["", *aligned(_comparisons(result), width)]
     return "\n".join([*parts, "", filled(_machines(result), width)])
@@ -260,12 +269,13 @@ def findings(results: Sequence[StudyResult]) -> str:
         page.append(f"| {' | '.join(cells)} | `{result.command}` |")
     for result in results:
         name, quick = result.study, " A quick run: fewer cells." if result.quick else ""
+        most = 20 if len(result.rows) > LONG else None
         page += [
             f"\n## {name}\n",
             f"{result.asks}\n",
             f"**{result.finding}**\n",
             f"![{result.asks}]({name}.png)\n",
-            f"```text\n{study_table(result)}\n```\n",
+            f"```text\n{study_table(result, most=most)}\n```\n",
             f"`{result.command}`: {result.core_minutes:.1f} minutes of one core.{quick} "
             f"Made by {_code(result.code)} with torch {result.torch}. "
             f"All numbers: [{name}.json]({name}.json).",
