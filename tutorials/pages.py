@@ -70,7 +70,8 @@ def accuracies() -> str:
             continue
         rows = [atlas.rows.get(f"{place}, {name}") for place in places]
         cells = ["–" if row is None else spread(row["acc"]) for row in rows]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if any(rows):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
