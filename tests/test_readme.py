@@ -22,7 +22,8 @@ from minimoe.continual.probe import PROBLEMS
 from minimoe.laws import LAWS
 from minimoe.roster import EPOCHS, ROSTER, SCHEMES, TUNED, entry_on, names
 from minimoe.studies import STUDIES, routing
-from minimoe.studies.common import PLACES
+from minimoe.studies.common import PLACES, beside
+from minimoe.studies.memory import TASKS as MEMORY_TASKS
 from minimoe.studies.why import TASKS
 from minimoe.tools import tables
 from minimoe.tools.files import read_json
@@ -130,20 +131,16 @@ def test_what_readme_says_of_the_two_streams_that_decide_more():
     why, memory = (
         json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("why", "memory")
     )
-    for said, rows, row in (
-        ("router over LoRAs scores", why, "subspaces, lora_moe"),
-        ("MoRA", why, "subspaces, mora"),
-        ("with |s| for s", why, "subspaces, score by size"),
-        ("score themselves by ‖z‖", why, "subspaces, blocks"),
-        ("a subspace for each task gives", memory, "subspaces, own_subspace, m 8"),
-        ("at MoRA's memory,", memory, "subspaces, own_subspace, m 16"),
-        ("MoRA", why, "clusters, mora"),
-        ("with a detached gate", why, "clusters, detached gate"),
-        ("self-scored", why, "clusters, blocks"),
-        ("or routed", why, "clusters, lora_moe"),
-        ("and chosen by a mean reach", memory, "clusters, alone, rank 7"),
+    for said, row in (
+        ("a subspace for each task, a closed form, gives", "subspaces, own_subspace, m 8"),
+        ("at the memory of 8 ranks,", "subspaces, own_subspace, m 16"),
+        ("MoRA's signed ranks,", "subspaces, mora, rank 8"),
+        ("ranks that score |s|,", "subspaces, mora by size, rank 8"),
+        ("whole LoRAs that score ‖z‖,", "subspaces, mora of blocks, rank 8"),
+        ("chosen by a mean are above them all at each memory,", "clusters, alone, rank 7"),
+        ("at each memory, .988 to", "clusters, mora_detached, rank 8"),
     ):
-        mean = f"{rows[row]['acc']['mean']:.3f}".replace("0.", ".", 1)
+        mean = f"{memory[row]['acc']['mean']:.3f}".replace("0.", ".", 1)
         assert f"{said} {mean}" in words, row
     apart = {}  # from mora, on each stream
     for arm in ("linear router", "cosine router", "detached gate"):
@@ -158,17 +155,26 @@ def test_what_readme_says_of_the_two_streams_that_decide_more():
     assert f"the gate's gradient costs {costs}." in words
     same, twice = (memory[f"subspaces, own_subspace, m {m}"]["whole"]["mean"] for m in (8, 16))
     assert same == memory["subspaces, mora, rank 8"]["whole"]["mean"] == twice / 2
-    fewer, mora = (
-        memory[f"clusters, {row}"]["whole"]["mean"] for row in ("alone, rank 7", "mora, rank 8")
-    )
-    assert fewer < mora
-    tried = {row for row in memory if memory[row]["whole"]["mean"] <= same}
-    closed = ("ridge", "own_ridge", "own_subspace", "lda")
-    forms = {r for r in tried if r.startswith("subspaces, ") and r.split(", ")[1] in closed}
-    assert (
-        max(memory[r]["acc"]["mean"] for r in forms)
-        < why["subspaces, score by size"]["acc"]["mean"]
-    )
+    closed = memory["subspaces, own_subspace, m 8"]["acc"]["values"]
+    for own, word in (("mora", "not told from"), ("by size", "above"), ("of blocks", "above")):
+        row = f"subspaces, {own if own == 'mora' else f'mora {own}'}, rank 8"
+        assert beside(memory[row]["acc"]["values"], closed) == word
+    alone, self_scored = memory["clusters, alone, rank 7"], "clusters, mora"
+    assert alone["whole"]["mean"] < memory["clusters, mora, rank 8"]["whole"]["mean"]
+    for row in (row for row in memory if row.startswith(self_scored)):
+        assert beside(alone["acc"]["values"], memory[row]["acc"]["values"]) == "above", row
+    page = (folder / "self-activation.md").read_text(encoding="utf-8")
+    assert "equal memory is supported on: subspaces at rank 2, 8. Refuted on: subspaces" in page
+    assert "at rank 16; clusters at rank 2, 8, 16;" in page
+    assert "Inconclusive on: nothing." in page and len(MEMORY_TASKS) == 4
+
+
+def test_where_mora_has_settings_that_were_picked_on_test_data():
+    own = {**ROSTER["mora"].settings, "lr": ROSTER["mora"].lr}
+    settings = read_json(TUNED, "tuned", mend="")[1]["settings"]
+    same = [p for p in settings if settings[p]["mora"].items() <= own.items()]
+    words = " ".join(README.split())
+    assert len(same) == 4 and "its first trial and on four streams the one picked," in words
 
 
 def test_what_the_planted_page_shows():

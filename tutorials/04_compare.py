@@ -390,8 +390,8 @@ plt.show()
 # ### Second question: what could be reached?
 #
 # On permuted-digits MoRA is within .02 of joint training: hardly anything is left to gain. On
-# rotated-digits it is the first of the trained gates, and far below joint. On subspaces joint is no
-# measure: one LoRA cannot be eight maps. Told LoRAs (`oracle`) can.
+# rotated-digits it is the first of the trained gates, and more than .15 below joint. On subspaces
+# joint is no measure: one LoRA cannot be eight maps. Told LoRAs (`oracle`) can.
 
 # %%
 contenders = [name for name in SCHEMES if name != "alone"]  # schemes that train with their gate
@@ -412,7 +412,7 @@ for s in STREAMS[:3]:  # in each of the seeds
     assert means["alone"][s] > means[best[s]][s]
 assert best["permuted-digits"] == best["rotated-digits"] == best["subspaces"] == "mora"
 assert means["joint"]["permuted-digits"] - means["mora"]["permuted-digits"] < 0.02
-assert means["joint"]["rotated-digits"] - means["mora"]["rotated-digits"] > 0.1
+assert means["joint"]["rotated-digits"] - means["mora"]["rotated-digits"] > 0.15
 lost = [means[name]["subspaces"] for name in ("alone", "own_ridge", "lora_moe")]
 assert max(lost) < 0.2 < means["mora"]["subspaces"] < 0.5 < means["own_subspace"]["subspaces"]
 assert means["joint"]["subspaces"] < 0.5 and means["oracle"]["subspaces"] > 0.99
@@ -455,6 +455,9 @@ assert np.mean(swapped["split-digits"]) > np.mean(swapped["permuted-digits"])
 # `Comparison` says `supported`, `refuted` (the other way round) or `inconclusive` (not told), and
 # prints the interval mean(d) ± t · std(d) / √n. Neither the gap of the means nor the overlap of the
 # spreads says which it is.
+#
+# The four pairs below were picked after looking, to show what can happen. So their verdicts are
+# examples and no findings.
 
 
 # %%

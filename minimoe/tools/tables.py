@@ -287,7 +287,11 @@ def findings(results: Sequence[StudyResult]) -> str:
 
 
 def _code(fingerprint: str | None) -> str:
-    return f"code {fingerprint}" if fingerprint else "code that had no fingerprint yet"
+    return (
+        f"code {fingerprint}"
+        if fingerprint
+        else "code of no one fingerprint (none yet, or several)"
+    )
 
 
 # any result, for a paper or a spreadsheet
