@@ -17,7 +17,8 @@ from torch import nn
 from minimoe.adapt import adapt, count, grow
 from minimoe.compare import compare
 from minimoe.continual.backbones import Backbone
-from minimoe.continual.streams import STREAMS
+from minimoe.continual.learn import make_backbone
+from minimoe.continual.streams import STREAMS, make
 from minimoe.roster import ROSTER
 from minimoe.studies import (
     STUDIES,
@@ -276,6 +277,24 @@ def test_the_arms_of_routing_are_as_equal_as_they_say():
     for arm, counted in counts.items():
         assert counted["stored"] == pytest.approx(own["stored"], rel=0.06), arm
         assert counted["speaking"] == 640 * int(arm.split(", ")[1].split()[0]), arm
+
+
+@pytest.mark.parametrize("stream", memory.TASKS)
+def test_routed_loras_have_sizes_that_just_fit_the_memory_of_mora(stream):
+    def stored(name, rank):
+        entry = ROSTER[memory.METHODS[name].name]
+        model = make_backbone(make(stream, 1))
+        settings = entry.settings | {"rank": rank}
+        adapt(model, entry.scheme, targets=model.targets, **settings)
+        for _ in range(memory.TASKS[stream] - 1):
+            grow(model)
+        return count(model)["stored"]
+
+    for rank in memory.METHODS["mora"].sizes:
+        most = stored("mora", rank)
+        for name in ("alone", "lora_moe"):
+            fits = [r for r in memory.METHODS[name].sizes if stored(name, r) <= most]
+            assert fits and stored(name, max(fits) + 1) > most, (name, rank)
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from minimoe import LoRAMoE, MoRA
-from minimoe.studies.why import ARMS, TASKS, Factored, cells
+from minimoe.studies.verdicts import Comparison
+from minimoe.studies.why import ARMS, TASKS, Factored, cells, told_apart
 
 D, O, RANK = 11, 7, 4
 
@@ -116,3 +117,14 @@ def test_all_arms_speak_with_as_many_ranks_but_for_those_that_say_so():
         if "= stored" not in arm and "speak" not in arm:
             assert spoken == (12 if layer.grain == "rank" else 2 * 6), arm
     assert len({str(cell) for cell in cells([0, 1], quick=False)}) == 2 * len(TASKS) * len(ARMS)
+
+
+def test_an_arm_is_told_apart_by_its_interval_and_by_what_matters():
+    for more, less, apart in (
+        ([0.7, 0.71, 0.72], [0.5, 0.51, 0.53], True),
+        ([0.5, 0.51, 0.53], [0.7, 0.71, 0.72], True),
+        ([0.501, 0.512, 0.522], [0.5, 0.51, 0.52], False),  # too small to matter
+        ([0.9, 0.5, 0.6], [0.5, 0.51, 0.52], False),  # 0 is in its interval
+        ([0.7, 0.7, 0.7], [0.5, 0.5, 0.5], False),  # seeds that do not differ: it has none
+    ):
+        assert told_apart(Comparison("", more, less)) == apart
