@@ -16,7 +16,7 @@ from minimoe.compare import restore
 from minimoe.continual.backbones import Backbone
 from minimoe.continual.streams import STREAMS
 from minimoe.laws import LAWS, says
-from minimoe.roster import ROSTER, names
+from minimoe.roster import ROSTER, entry_on, names
 from minimoe.tools import tables
 
 SMALL = ["--stream", "permuted-digits", "--tasks", "3", "--epochs", "2", "--rank", "4"]
@@ -371,13 +371,19 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(small):
         assert done.returncode == 2
         return done.stderr.splitlines()[-1]
 
+    ran = json.loads((run / "compare.json").read_text())["schemes"]
+
+    def tuned(knob):
+        settings = [entry_on(name, "permuted-digits").settings for name in ran]
+        return ", ".join(str(value) for value in sorted({s[knob] for s in settings if knob in s}))
+
     assert "holds a run already: --resume goes on" in refused()
     for option, value, there in (
-        ("tau", "0.3", "0.1"),
+        ("tau", "0.33", tuned("tau")),
         ("epochs", "3", "2"),
         ("stream", "planted", "permuted-digits"),
         ("rank", "5", "4"),
-        ("top-k", "8", "3, 8"),
+        ("top-k", "9", tuned("top_k")),
     ):
         another = refused("--resume", f"--{option}", value)
         name = option.replace("-", "_")
