@@ -13,7 +13,8 @@ Sizes are such that each method has some that store just no more than MoRA's do.
 Stored is all that must be kept to learn the next task and to answer: adapters, their frozen rows,
 buffers, sums; and the frozen backbone, where a method needs it. Closed forms on inputs need none.
 On subspaces and clusters W0 is 0, and the backbone costs nothing. All have the settings that were
-tuned at the roster's size (tuning.py); by size and of blocks those of mora.
+tuned at the roster's size (tuning.py); by size and of blocks those of mora, replay those of
+replay_80.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ METHODS: dict[str, Method] = {
     "mora_detached": Method("mora_detached", "rank", RANKS),
     "alone": Method("alone", "rank", ROUTED),
     "replay": Method("replay_80", "keep", (5, 20, 80)),
-    "ridge": Method("ridge", "M", (20, 50, 80, 150, 300, 1000), frozen=False),
+    "ridge": Method("ridge", "M", (0, 20, 50, 80, 150, 300, 1000), frozen=False),
     "own_ridge": Method("own_ridge", "M", (0, 20, 50, 200, 400), frozen=False),
     "own_subspace": Method("own_subspace", "m", (2, 4, 8, 16), frozen=False),
     "lda": Method("lda", "means", (1,), lda, frozen=False),
@@ -172,6 +173,7 @@ def panels(rows: Rows) -> list[Panel]:
         found, lines = points(rows, stream), []
         for name in METHODS:
             curve = [found[row] for row in found if row.split(",")[0] == name]
+            curve.sort(key=lambda point: statistics.fmean(point["whole"]))
             if curve:
                 means = [statistics.fmean(point["acc"]) for point in curve]
                 half = [half_interval(point["acc"]) for point in curve]

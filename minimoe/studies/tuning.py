@@ -169,15 +169,16 @@ def finding(rows: Rows) -> str:
             known = {name: value for name, value in gains.items() if not math.isnan(value)}
             lost = [name for name in gains if name not in known]  # at their own settings
             most = max(known, key=known.__getitem__, default="nobody")
-            own = f", mora {known['mora']:.3f}" if "mora" in known and most != "mora" else ""
+            own = f", mora {short(known['mora'])}" if "mora" in known and most != "mora" else ""
             parts.append(
-                f"on {place} {short(statistics.median(known.values() or [math.nan]))} (most {most} "
-                f"{known.get(most, math.nan):.3f}{own}"
+                f"on {place} {short(statistics.median(known.values() or [math.nan]))} (at most "
+                f"{short(known.get(most, math.nan))}, {most}{own}"
                 f"{''.join(f'; {name} had diverged' for name in lost)})"
             )
     return (
         "What trials add to ACC on held-out data, over the settings that a learner would have had "
-        f"anyway, in the median over learners: {'; '.join(parts)}."
+        f"anyway, in the median over learners: {'; '.join(parts)}. Those picked are in "
+        "minimoe/tuned.json."
     )
 
 
@@ -187,7 +188,7 @@ def claims(rows: Rows) -> list[Claim]:
 
 
 STUDY = Study(
-    asks="Which settings does each learner have in each place, of as many trials?",
+    asks="What do 8 trials of settings give each learner (4 where a run takes minutes)?",
     cells=cells,
     measure=measure,
     columns={"held": "ACC held out"},

@@ -3,7 +3,7 @@
 import io
 import math
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,9 @@ BENCH_COLUMNS = (("forward", "forward"), ("training", "training step"))
 
 
 def plot_study(result: StudyResult, path: Path) -> None:
-    """A study's panels: lines of means over seeds, and their 95 % intervals; or, where a panel
-    names its rows, a point for each."""
+    """A study's panels: lines of means over seeds, and their 95 % intervals, a label drawn alike in
+    all of them; what is below 0 is a mark at the lower edge. Or, where a panel names its rows, a
+    point for each."""
     panels = result.panels
     if panels[0].names:
         _plot_points(result, path)
@@ -172,16 +173,23 @@ def plot_study(result: StudyResult, path: Path) -> None:
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(1 + 4.6 * across, 1.2 + 3.9 * down), layout="constrained")
     grid = np.atleast_1d(figure.subplots(down, across)).flatten()
+    styles: dict[str, Any] = {}
+    for label in dict.fromkeys(line.label for panel in panels for line in panel.lines):
+        i, rest = len(styles) % len(COLOURS), {}
+        if len(styles) >= len(COLOURS):  # a second round: dashed and hollow
+            rest = {"ls": "--", "mfc": "white"}
+        styles[label] = {"color": COLOURS[i], "marker": MARKERS[i], "label": label, **rest}
     for axes, panel in zip(grid, panels, strict=False):
         x = np.array(panel.x or [], dtype=float)  # none: each line has its own
-        for i, line in enumerate(panel.lines):
+        for line in panel.lines:
             mean, half = np.array(line.mean, dtype=float), np.array(line.half, dtype=float)
-            style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            if i >= len(COLOURS):  # a second round: dashed and hollow
-                style |= {"ls": "--", "mfc": "white"}
+            style = {"markersize": 4, "lw": 1.6, **styles[line.label]}
             at = x if line.x is None else np.array(line.x)
-            axes.plot(at, mean, label=line.label, markersize=4, lw=1.6, **style)
+            axes.plot(at, mean, **style)
             axes.fill_between(at, mean - half, mean + half, color=style["color"], alpha=0.15, lw=0)
+            below = at[mean < 0]
+            (marks,) = axes.plot(below, 0 * below, **style | {"ls": "", "label": None})
+            marks.set(clip_on=False, in_layout=False)
         if panel.log:
             axes.set_xscale("log")
         if panel.x is not None and (panel.log or len(x) <= 7):
@@ -189,19 +197,33 @@ def plot_study(result: StudyResult, path: Path) -> None:
             axes.set_xticks([], minor=True)
         elif panel.x is not None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        low = any((mean or 0) < 0 for line in panel.lines for mean in line.mean)
+        ylabel = (panel.ylabel or "") + " (below 0: at the edge)" * low
+        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=ylabel)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.axis("off")
-    by_axes = [axes.get_legend_handles_labels() for axes in grid[: len(panels)]]
-    if all(labels == by_axes[0][1] for _, labels in by_axes):  # one legend for all
-        figure.legend(*by_axes[0], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    else:
-        for axes in grid[: len(panels)]:
-            axes.legend(fontsize=8)
+    known = _labelled(grid[: len(panels)])
+    figure.legend(
+        [known[label] for label in styles],
+        [*styles],
+        loc="outside lower center",
+        ncols=3 if across < 3 else 5,
+        frameon=False,
+        fontsize=9,
+    )
     figure.suptitle(_question(result, figure))
     _write(figure, path)
+
+
+def _labelled(grid: Iterable[Any]) -> dict[str, Any]:
+    """{label: what is drawn so}, of several axes."""
+    return {
+        label: handle
+        for axes in grid
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
 
 
 def _question(result: StudyResult, figure: Figure) -> str:
@@ -244,11 +266,7 @@ def _plot_points(result: StudyResult, path: Path) -> None:
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.axis("off")
-    known = {
-        label: handle
-        for axes in grid[: len(panels)]
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    known = _labelled(grid[: len(panels)])
     figure.legend(
         [known[kind] for kind in styles],
         [*styles],

@@ -33,7 +33,9 @@ ACC: mean accuracy on all tasks after the last. BWT: change on old tasks since t
 forgetting: loss from a task's best. FWT: gain on a task before it is learned. Transfer: accuracy
 on tasks not yet learned. Average: over all tasks and times. Parameters: trained per task, stored
 at the end, read for one token's output (also to choose), and speaking in it at most: of ranks that
-have weight. seconds: learning, per seed; ms/step: a step of training."""
+have weight."""
+TIMES_LEGEND = """\
+seconds: learning, per seed; ms/step: a step of training."""
 REAL_LEGEND = """\
 Here accuracy is the share of the answer explained, 1 - Σ‖ŷ - y‖² / Σ‖y‖²."""
 PLANTED_LEGEND = """\
@@ -132,7 +134,9 @@ def table(result: CompareResult, width: int | None = None) -> str:
         cells = [cell(scheme[problem]) for problem in PROBLEMS]
         if set(cells) != {"–"}:
             problems.append([name, cell(scheme.plasticity), *cells])
-    legends = [filled(text, width) for text in (LEGEND, *_score_legend(result, planted))]
+    legends = [
+        filled(text, width) for text in (LEGEND, TIMES_LEGEND, *_score_legend(result, planted))
+    ]
     lines = [filled(title(result), width), "", *aligned(rows, width), "", *legends]
     if result.closed_forms:
         closed = [["", COLUMNS["acc"]], *([n, cell(acc)] for n, acc in result.closed_forms.items())]
@@ -176,9 +180,9 @@ def compare_page(result: CompareResult, command: str, pictures: Sequence[str] = 
 FINDINGS_HEAD = """\
 # Findings
 
-What MoRA's paper (arXiv 2506.21035) claims, put to the test on toys: digits, a backbone of three
-layers, tasks in sequence. Every sentence and number here is written by `minimoe study`, from the
-JSON files beside it.
+What MoRA's paper (arXiv 2506.21035) claims (1 to 9), and SMoRA's (2501.15103; 10), put to the test
+on toys: linear maps, digits, letters, pages, in tasks one after another. Every sentence and number
+here is written by `minimoe study`, from the JSON files beside it.
 
 A claim is put as comparisons over the same seeds, what should be larger minus what should be
 smaller. Of each there is the effect, which is the mean difference, its interval of 95 % by paired
@@ -199,6 +203,16 @@ order of training. Images, passages and pages that test are the same in all seed
 says what others would give: of digits, ten other sets of 450 moved the ACC of closed forms by .004
 to .016, their standard deviation.
 """
+STUDY_LEGEND = """\
+own: share of the gate's weight that a task's inputs give to the ranks of that task; in growth just
+after it is learned, in the atlas in the end. back, anew: of what is said to inputs of the last
+task, the shares that the first task's ranks say, and the last one's. again: accuracy on the last
+task before it is learned. upright, unseen, noise, tasks: how far features are from the base
+model's, as a share of their length, on upright digits, digits of no task, noise, and the tasks.
+base ACC: accuracy that is left on upright digits. ACC at 20: after 20 tasks. step, memory: time and
+memory of a step of training, the plain backbone's = 1. with the backbone: numbers stored, and the
+frozen ones of the backbone where the method needs it. What the rows are, the docstring of a study's
+source says, minimoe/studies/*.py, and `minimoe list` of the learners' names."""
 SEEDS_ALONE = """\
 The spread between machines is in no interval here: nothing was run again, its sums in another
 order."""
@@ -270,6 +284,7 @@ def findings(results: Sequence[StudyResult]) -> str:
         counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)]
         cells = (f"{claim.number}. {claim.claim}", f"**{claim.verdict}**", ", ".join(counts))
         page.append(f"| {' | '.join(cells)} | `{result.command}` |")
+    page += ["\n## columns", *(f"\n{text}" for text in (LEGEND, PROBLEMS_LEGEND, STUDY_LEGEND))]
     for result in results:
         name, quick = result.study, " A quick run: fewer cells." if result.quick else ""
         most = 20 if len(result.rows) > LONG else None
@@ -290,7 +305,7 @@ def _code(fingerprint: str | None) -> str:
     return (
         f"code {fingerprint}"
         if fingerprint
-        else "code of no one fingerprint (none yet, or several)"
+        else "several versions of the code, or one that is not known,"
     )
 
 

@@ -72,11 +72,21 @@ def test_the_best_is_compared_with_the_best_that_stores_no_more():
     ]
     # row i of ACCS has .001 (1 + i mod 3) more in the mean; 3.182 · .00115 / √4 = .002
     assert lines == [
-        "| clusters, rank 2 | mora of blocks, rank 2: .403 (100 numbers) | lora, rank 8: .202 (50 "
-        "numbers) | +.201 [+.199, +.203] | supported | alone, rank 1: .453 (120 numbers) |",
-        "| clusters, rank 8 | mora, rank 8: .502 (400 numbers) | alone, rank 1: .453 (120 numbers) "
-        "| +.049 [+.047, +.051] | supported | own_ridge, M 0: .901 (1,000 numbers) |",
+        "| clusters, rank 2 | .301 | mora of blocks, rank 2: .403 (100 numbers) | lora, rank 8: "
+        ".202 (50 numbers) | +.201 [+.199, +.203] | supported | alone, rank 1: .453 (120 "
+        "numbers) |",
+        "| clusters, rank 8 | .502 | mora, rank 8: .502 (400 numbers) | alone, rank 1: .453 (120 "
+        "numbers) | +.049 [+.047, +.051] | supported | own_ridge, M 0: .901 (1,000 numbers) |",
     ]
+
+
+def test_the_same_comparison_at_two_sizes_is_one():
+    accs, sizes = ({**known, "mora, rank 16": more} for known, more in ((ACCS, 0.45), (SIZES, 800)))
+    said = page(accs, sizes, ARMS)
+    assert "| clusters, rank 8, 16 | .502, .453 | mora, rank 8: .502 (400 numbers) |" in said
+    assert "supported on: clusters at rank 2, 8, 16. Refuted" in said
+    (line,) = (line for line in said.splitlines() if line.startswith("| clusters, rank 8"))
+    assert line in page(ACCS, SIZES, ARMS).replace("rank 8 | .502", "rank 8, 16 | .502, .453")
 
 
 def test_the_sentence_says_where_it_helps_and_where_not():

@@ -56,6 +56,26 @@ def test_what_is_far_off_is_an_arrow_at_the_edge(drawn):
     assert [line.get_xdata()[0] for line in markers] == [-1, 0.5, 1]
 
 
+def test_a_label_is_drawn_alike_in_all_panels_and_what_is_below_0_is_marked(drawn):
+    def lines(*labels):
+        means = {"a": [0.2, 0.3], "b": [-0.5, 0.4], "c": [0.1, 0.1]}
+        return [Line(label, means[label], [0.1, 0.1]) for label in labels]
+
+    panels = [Panel(str(i), "x", lines(*labels), "ACC", [1.0, 2.0]) for i, labels in enumerate(
+        ("ab", "b", "cb"))]  # fmt: skip
+    figure = drawn(panels)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["a", "b", "c"]
+    for axes in figure.axes:
+        (b,) = (line for line in axes.get_lines() if line.get_label() == "b")
+        assert (b.get_color(), b.get_marker()) == (plots.COLOURS[1], plots.MARKERS[1])
+        marks = [
+            line.get_xydata().tolist() for line in axes.get_lines() if len(line.get_xdata()) < 2
+        ]
+        assert [mark for mark in marks if mark] == [[[1.0, 0.0]]]
+        assert axes.get_ylabel() == "ACC (below 0: at the edge)"
+
+
 def test_a_long_table_is_cut_on_the_page_and_says_so():
     long = result([points("a", ["scheme"], [0.5])], rows=LONG + 1)
     page = findings([long])
