@@ -19,7 +19,7 @@ from ..continual.backbones import Backbone, find
 from ..continual.learn import AdapterLearner, pretrain, run_stream
 from ..continual.metrics import acc, bwt, plasticity
 from ..continual.probe import PROBLEMS
-from ..roster import EPOCHS, ROSTER, SCHEMES, Kind, names, under
+from ..roster import EPOCHS, ROSTER, SCHEMES, names, under
 from ..tools.results import Line, half_interval
 from ..tools.tables import PROBLEMS as HEADS
 from ..tools.tables import short
@@ -31,12 +31,14 @@ TWO_STREAMS = (PERMUTED, "rotated-digits")
 
 
 IMAGES = ("inputs", "features", "classes")
+# what a gate, or training at all, has to be better than
+SIMPLE = ("alone", "ridge_features", "own_ridge_features", "lda_features")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """A stream of the main table, under its own model or the backbone of that name. all: whether
-    the atlas lives there too, or only the schemes, the baselines and the privileged. trials: as
+    the atlas lives there too, or of it only SIMPLE. trials: as
     many as each learner has there (tuning.py). has: what its model has, of what backbones.py names:
     to know who can live there, nothing need be loaded."""
 
@@ -56,8 +58,10 @@ class Place:
 
     def names(self) -> list[str]:
         """Who lives there, of the roster."""
-        kinds: list[Kind] = [] if self.all else ["scheme", "baseline", "privileged"]
-        return [name for name in names(None, *kinds) if set(ROSTER[name].needs) <= {*self.has}]
+        known = [name for name in names() if set(ROSTER[name].needs) <= {*self.has}]
+        return [
+            name for name in known if self.all or ROSTER[name].kind != "atlas" or name in SIMPLE
+        ]
 
 
 # Where a gate sees an input; and, below, where it sees a patch, a letter, a word: there a run takes
