@@ -15,7 +15,7 @@ from minimoe.options import Options
 from minimoe.roster import ROSTER, entry_on, names, tuned
 from minimoe.setting import Setting
 from minimoe.studies import tuning
-from minimoe.studies.common import PLACES
+from minimoe.studies.common import PLACES, SIMPLE
 from minimoe.studies.study import Rows, report
 from minimoe.tools.files import write_json
 
@@ -170,6 +170,7 @@ def test_a_place_is_a_stream_under_a_model():
         assert place(there.stream, there.backbone) == label
         assert {"lora", "lora_moe", "mora", "oracle"} <= set(there.names())
         assert ("smora" in there.names()) == there.all
+        assert ("ridge_features" in there.names()) == ("features" in there.has)
     assert "class_mean" not in PLACES["clusters"].names()
     assert {"trigram", "head_only"} <= set(PLACES["sequences"].names())
 
@@ -185,7 +186,10 @@ def test_who_lives_in_a_place_can_live_in_its_model(label):
     place = PLACES[label]
     make = find(place.backbone) if place.backbone else None
     able = names(make_backbone(streams.make(place.stream, 1), make))
-    assert place.names() == [n for n in able if place.all or ROSTER[n].kind != "atlas"]
+    atlas = {n for n in able if ROSTER[n].kind == "atlas"}
+    kept = atlas if place.all else atlas & {*SIMPLE}
+    assert place.names() == [n for n in able if n in kept or n not in atlas]
+    assert "alone" in kept
 
 
 @pytest.mark.slow
