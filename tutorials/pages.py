@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minimoe.bench import page as bench_page
 from minimoe.bench import read as read_bench
-from minimoe.roster import TUNED, names
+from minimoe.roster import ROSTER, TUNED, names
 from minimoe.studies import STUDIES, answer, stored, tuning
 from minimoe.tools.files import read_json, write_atomic, write_json
 from minimoe.tools.results import CompareResult, StudyResult
@@ -59,14 +59,15 @@ def with_table(text: str) -> str:
 
 
 def accuracies() -> str:
-    """All but the atlas, in each place, by findings/atlas.json, without some that others stand for;
-    a dash where they cannot live, or have not been run yet."""
+    """All but the atlas, and of that `alone`, in each place, by findings/atlas.json, without some
+    that others stand for; a dash where they cannot live, or have not been run yet."""
     atlas = StudyResult.read(HERE / "findings" / "atlas.json")
     places = list(dict.fromkeys(row.split(", ")[0] for row in atlas.rows))
     heads = [place.split(" under ")[-1].removesuffix("-digits") for place in places]
     lines = [f"| final accuracy | {' | '.join(heads)} |", "|---" * (len(places) + 1) + "|"]
-    for name in names(None, "scheme", "baseline", "privileged"):
-        if name in ("zero_shot", "class_mean", "lda", "head_only", "lora_grown", "replay_80"):
+    hidden = ("zero_shot", "class_mean", "lda", "trigram", "head_only", "lora_grown", "replay_80")
+    for name in names():
+        if name in hidden or (ROSTER[name].kind == "atlas" and name != "alone"):
             continue
         rows = [atlas.rows.get(f"{place}, {name}") for place in places]
         cells = ["–" if row is None else spread(row["acc"]) for row in rows]
