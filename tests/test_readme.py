@@ -128,6 +128,11 @@ def test_what_readme_concludes_from_the_numbers():
     ):
         mora, theirs = (rows[f"{place}, {name}"]["acc"]["values"] for name in ("mora", other))
         assert beside(mora, theirs) == stands, (place, other)
+    still, lda = (
+        tables.short(rows[f"docstrings, {n}"]["acc"]["mean"]) for n in ("zero_shot", "lda_features")
+    )
+    said = f"the model that nothing adapts, {still}; `lda_features`, without a step, has {lda}."
+    assert said in " ".join(README.split())
     stream = streams.make("permuted-digits", 5)
     learner = ROSTER["own_ridge"].make(Backbone(), stream)
     for t in range(5):
