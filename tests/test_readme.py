@@ -177,7 +177,7 @@ def test_what_readme_says_of_the_two_streams_that_decide_more():
     same, twice = (memory[f"subspaces, own_subspace, m {m}"]["whole"]["mean"] for m in (8, 16))
     assert same == memory["subspaces, mora, rank 8"]["whole"]["mean"] == twice / 2
     closed = memory["subspaces, own_subspace, m 8"]["acc"]["values"]
-    for own, word in (("mora", "not told from"), ("by size", "above"), ("of blocks", "above")):
+    for own, word in (("mora", "below"), ("by size", "above"), ("of blocks", "above")):
         row = f"subspaces, {own if own == 'mora' else f'mora {own}'}, rank 8"
         assert beside(memory[row]["acc"]["values"], closed) == word
     alone, self_scored = memory["clusters, alone, rank 7"], "clusters, mora"
