@@ -131,7 +131,7 @@ def test_what_readme_concludes_from_the_numbers():
     still, lda = (
         tables.short(rows[f"docstrings, {n}"]["acc"]["mean"]) for n in ("zero_shot", "lda_features")
     )
-    said = f"the model that nothing adapts, {still}; `lda_features`, without a step, has {lda}."
+    said = f"the bare model, {still}; `lda_features`, without a step, has {lda}."
     assert said in " ".join(README.split())
     stream = streams.make("permuted-digits", 5)
     learner = ROSTER["own_ridge"].make(Backbone(), stream)
@@ -172,7 +172,8 @@ def test_what_readme_says_of_the_two_streams_that_decide_more():
     assert f"the gate's gradient costs {costs}." in words
     atlas = stored_atlas()["rows"]
     tuned, detached = (atlas[f"subspaces, {n}"]["acc"] for n in ("mora", "mora_detached"))
-    assert f"it gains {tables.short(tuned['mean'] - detached['mean'])} on subspaces" in words
+    gain = tables.short(tuned["mean"] - detached["mean"])
+    assert f"It pays at tuned settings on subspaces, {gain}, and after 50 tasks" in words
     assert beside(tuned["values"], detached["values"]) == "above"
     same, twice = (memory[f"subspaces, own_subspace, m {m}"]["whole"]["mean"] for m in (8, 16))
     assert same == memory["subspaces, mora, rank 8"]["whole"]["mean"] == twice / 2
@@ -188,6 +189,16 @@ def test_what_readme_says_of_the_two_streams_that_decide_more():
     assert "equal memory is supported on: subspaces at rank 2, 8. Refuted on: subspaces" in page
     assert "at rank 16; clusters at rank 2, 8, 16;" in page
     assert "Inconclusive on: nothing." in page and len(MEMORY_TASKS) == 4
+
+
+def test_what_readme_says_of_fifty_tasks():
+    result = json.loads((ROOT / "tutorials" / "findings" / "growth.json").read_text())["rows"]
+    names = ("mora", "mora_detached", "lora_moe", "own_ridge")
+    mora, detached, moe, ridge = (tables.short(result[name]["acc"]["mean"]) for name in names)
+    said = f"permuted-digits, {mora} to {detached} (`growth`; LoRA-MoE {moe}, `own_ridge` {ridge})"
+    assert f"after 50 tasks of {said}" in " ".join(README.split())
+    stands = beside(*(result[name]["acc"]["values"] for name in names[:2]))
+    assert stands == "above"
 
 
 def test_where_mora_has_settings_that_were_picked_on_test_data():
