@@ -5,8 +5,9 @@ smallest case that does.
 """
 
 import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from ..claims import Claims
 from ..tools.tables import aligned
 from .case import Broken, Case, LeftOut, cases
 from .laws import EXAMPLES, LAWS, Law
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,22 @@ def check(scheme: type[Adapter], /, **settings: Any) -> list[Row]:
 
 def hold(law: Law, scheme: type[Adapter], /, **settings: Any) -> Row:
     """Hold a scheme to one law. Raises as `claimed` does."""
-    import hypothesis  # slow to import, and nothing but a check needs it
-
     claims = claimed(scheme, settings)
     if not LAWS[law](claims):
         return Row(law.__name__, "not claimed", "")
+    return drawn(law.__name__, law, cases(scheme, settings, claims), EXAMPLES.get(law, 30))
+
+
+def drawn(name: str, test: Law, strategy: "SearchStrategy[Case]", examples: int) -> Row:
+    """The row of that name: the test held for all cases drawn, or the smallest that breaks it.
+    Leaves torch's random state as it was."""
+    import hypothesis  # slow to import, and nothing but a check needs it
+
     last: Case | None = None
     kept = 0
 
     @hypothesis.settings(
-        max_examples=EXAMPLES.get(law, 30),
+        max_examples=examples,
         deadline=None,
         database=None,
         derandomize=True,
@@ -64,12 +74,12 @@ def hold(law: Law, scheme: type[Adapter], /, **settings: Any) -> Row:
         suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
     )
-    @hypothesis.given(cases(scheme, settings, claims))
+    @hypothesis.given(strategy)
     def held(case: Case) -> None:
         nonlocal last, kept
         last = case
         try:
-            law(case)
+            test(case)
         except LeftOut:
             hypothesis.reject()
         kept += 1
@@ -78,11 +88,11 @@ def hold(law: Law, scheme: type[Adapter], /, **settings: Any) -> Row:
         try:
             held()
         except hypothesis.errors.Unsatisfiable:
-            return Row(law.__name__, "broken", "no case at which it could be looked at")
+            return Row(name, "broken", "no case at which it could be looked at")
         except (Exception, SystemExit) as error:  # whatever a scheme raises is evidence
             what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
-            return Row(law.__name__, "broken", f"{' '.join(what.split())}; {last}", last)
-    return Row(law.__name__, "held", f"{kept} cases")
+            return Row(name, "broken", f"{' '.join(what.split())}; {last}", last)
+    return Row(name, "held", f"{kept} cases")
 
 
 def claimed(scheme: type[Adapter], settings: dict[str, Any]) -> Claims:
@@ -119,28 +129,31 @@ def claimed(scheme: type[Adapter], settings: dict[str, Any]) -> Claims:
     return claims
 
 
-def says(law: Law) -> str:
+def says(law: Callable[..., None]) -> str:
     """The law itself: the first line of its docstring."""
     return (law.__doc__ or "").splitlines()[0]
 
 
-def table(results: dict[str, list[Row]], width: int | None = None) -> str:
-    """Laws down, schemes across, and below it the evidence for every broken one."""
+def table(
+    results: dict[str, list[Row]],
+    width: int | None = None,
+    laws: Iterable[Callable[..., None]] = LAWS,
+    head: str = "law",
+    breaks: str = "breaks",
+    dash: str = "not claimed by the scheme",
+) -> str:
+    """Laws down, schemes across, and below it the evidence for every broken one. Of another
+    comparison: what its lines are, the head above them, what a scheme does to one that is broken,
+    and what a dash means."""
     marks = {"held": "held", "broken": "BROKEN", "not claimed": "–"}
-    rows = [["law", *results, "what it says"]]
-    for i, law in enumerate(LAWS):
+    rows = [[head, *results, "what it says"]]
+    for i, law in enumerate(laws):
         verdicts = [marks[each[i].verdict].ljust(len("BROKEN")) for each in results.values()]
         rows.append([law.__name__, *verdicts, says(law)])
-    lines = [
-        *aligned(rows, width, align=(str.ljust, str.ljust)),
-        "",
-        "–: not claimed by the scheme.",
-    ]
+    lines = [*aligned(rows, width, align=(str.ljust, str.ljust)), "", f"–: {dash}."]
     for name, each in results.items():
         for row in each:
             if row.verdict == "broken":
-                lines += [
-                    "",
-                    *textwrap.wrap(f"{name} breaks {row.law}: {row.evidence}", width or 100),
-                ]
+                said = f"{name} {breaks} {row.law}: {row.evidence}"
+                lines += ["", *textwrap.wrap(said, width or 100)]
     return "\n".join(lines)
