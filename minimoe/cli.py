@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, bench, laws, studies
-from .adapter import Adapter
 from .compare import choose, compare, report, usual_schemes
 from .compare import draw as draw_compare
 from .continual import streams
@@ -37,7 +36,6 @@ from .setting import Setting, stream_of
 from .studies import STUDIES
 from .tools import console, parallel
 from .tools.files import read_json, write_atomic, write_json
-from .tools.load import load_name
 from .tools.results import MEND, CompareResult, StudyResult, to_json
 from .tools.tables import FORMATS, formatted, study_table, table
 
@@ -123,13 +121,6 @@ def parser() -> Parser:
     add("--out", type=Path, default=Path(OUT["study"]), help="default %(default)s")
     add = commands.add_parser("check", help="hold schemes to the laws").add_argument
     add("schemes", nargs="+", metavar="NAME", help=f"{', '.join(SCHEMES)}, or file.py:Class")
-    add(
-        "--as",
-        dest="theirs",
-        metavar="NAME",
-        help="hold each to this scheme, step by step, and not to the laws; file.py:NAME may then "
-        "be a function of x and a layer, or a minimoe.laws.Mapped",
-    )
     add("--json", action="store_true", help="print JSON instead of the table")
     add = commands.add_parser("new-scheme", help="write a scheme to fill in").add_argument
     add("name", metavar="NAME", help="as in my_gate, for my_gate.py with a class MyGate")
@@ -372,22 +363,21 @@ def run_study(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        # whatever a scheme prints is no JSON
-        results = compared(args.schemes, args.theirs) if args.theirs else checked(args.schemes)
+        results = checked(args.schemes)  # whatever a scheme prints is no JSON
     if args.json:
         keys = ("law", "verdict", "evidence")
         rows = {n: [{k: getattr(row, k) for k in keys} for row in results[n]] for n in results}
         print(json.dumps(rows, indent=1))
-    elif args.theirs:
-        of = (laws.STEPS, "step", f"is not {args.theirs} in", "not looked at")
-        print(laws.table(results, console.width(), *of))
     else:
         print(laws.table(results, console.width()))
     return int(any(row.verdict == "broken" for rows in results.values() for row in rows))
 
 
-def shipped(names: list[str]) -> dict[str, type[Adapter]]:
-    """The schemes of these names, each once."""
+def checked(names: list[str]) -> dict[str, list[laws.Row]]:
+    """What the laws say of each scheme."""
+    from hypothesis.configuration import set_hypothesis_home_dir
+
+    torch.set_num_threads(1)
     schemes = {}
     for name in dict.fromkeys(names):
         if name not in SCHEMES and ":" not in name:
@@ -396,15 +386,6 @@ def shipped(names: list[str]) -> dict[str, type[Adapter]]:
         assert scheme is not None
         laws.claimed(scheme, {})  # bad input, before the bar
         schemes[name] = scheme
-    return schemes
-
-
-def checked(names: list[str]) -> dict[str, list[laws.Row]]:
-    """What the laws say of each scheme."""
-    from hypothesis.configuration import set_hypothesis_home_dir
-
-    torch.set_num_threads(1)
-    schemes = shipped(names)
     total = len(schemes) * len(laws.LAWS)
     results: dict[str, list[laws.Row]] = {name: [] for name in schemes}
     with console.Progress("law") as bar, tempfile.TemporaryDirectory() as notes:
@@ -414,24 +395,6 @@ def checked(names: list[str]) -> dict[str, list[laws.Row]]:
                 bar(f"{name}, {law.__name__}", 0, total)
                 results[name].append(laws.hold(law, scheme))
                 bar(f"{name}, {law.__name__}", 1, total)
-    return results
-
-
-def compared(names: list[str], theirs: str) -> dict[str, list[laws.Row]]:
-    """How each is held to theirs."""
-    from hypothesis.configuration import set_hypothesis_home_dir
-
-    torch.set_num_threads(1)
-    (scheme,) = shipped([theirs]).values()
-    results = {}
-    with console.Progress("scheme") as bar, tempfile.TemporaryDirectory() as notes:
-        set_hypothesis_home_dir(notes)
-        for name in (names := list(dict.fromkeys(names))):
-            path, colon, in_file = name.rpartition(":")
-            mine = load_name(path, in_file) if colon else shipped([name])[name]
-            bar(name, 0, len(names))
-            results[name] = laws.same(mine, scheme)
-            bar(name, 1, len(names))
     return results
 
 

@@ -6,8 +6,7 @@
 
 A law is a function of one `Case`: a layer of drawn sizes that has lived through some tasks
 (case.py). laws.py holds the laws, and says which claim calls for which; most are for everyone.
-check.py holds a scheme to them. same.py holds an implementation to another scheme, and guess.py
-says as if which step of the equation were another. template.py is what `minimoe new-scheme` writes.
+check.py holds a scheme to them. template.py is what `minimoe new-scheme` writes.
 """
 
 from .case import Broken, Case, LeftOut, live
@@ -35,17 +34,13 @@ from .laws import (
     zero_at_birth,
     zero_is_finite,
 )
-from .pair import Mapped
-from .same import STEPS, same
 
 __all__ = [
     "LAWS",
-    "STEPS",
     "Broken",
     "Case",
     "Law",
     "LeftOut",
-    "Mapped",
     "Row",
     "active_is_read",
     "any_shape",
@@ -66,7 +61,6 @@ __all__ = [
     "only_live_learns",
     "paths_agree",
     "round_trips",
-    "same",
     "says",
     "simplex",
     "support",

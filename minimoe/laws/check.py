@@ -5,9 +5,8 @@ smallest case that does.
 """
 
 import textwrap
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,9 +16,6 @@ from ..claims import Claims
 from ..tools.tables import aligned
 from .case import Broken, Case, LeftOut, cases
 from .laws import EXAMPLES, LAWS, Law
-
-if TYPE_CHECKING:
-    from hypothesis.strategies import SearchStrategy
 
 
 @dataclass(frozen=True)
@@ -51,22 +47,16 @@ def check(scheme: type[Adapter], /, **settings: Any) -> list[Row]:
 
 def hold(law: Law, scheme: type[Adapter], /, **settings: Any) -> Row:
     """Hold a scheme to one law. Raises as `claimed` does."""
+    import hypothesis  # slow to import, and nothing but a check needs it
+
     claims = claimed(scheme, settings)
     if not LAWS[law](claims):
         return Row(law.__name__, "not claimed", "")
-    return drawn(law.__name__, law, cases(scheme, settings, claims), EXAMPLES.get(law, 30))
-
-
-def drawn(name: str, test: Law, strategy: "SearchStrategy[Case]", examples: int) -> Row:
-    """The row of that name: the test held for all cases drawn, or the smallest that breaks it.
-    Leaves torch's random state as it was."""
-    import hypothesis  # slow to import, and nothing but a check needs it
-
     last: Case | None = None
     kept = 0
 
     @hypothesis.settings(
-        max_examples=examples,
+        max_examples=EXAMPLES.get(law, 30),
         deadline=None,
         database=None,
         derandomize=True,
@@ -74,12 +64,12 @@ def drawn(name: str, test: Law, strategy: "SearchStrategy[Case]", examples: int)
         suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
     )
-    @hypothesis.given(strategy)
+    @hypothesis.given(cases(scheme, settings, claims))
     def held(case: Case) -> None:
         nonlocal last, kept
         last = case
         try:
-            test(case)
+            law(case)
         except LeftOut:
             hypothesis.reject()
         kept += 1
@@ -88,11 +78,11 @@ def drawn(name: str, test: Law, strategy: "SearchStrategy[Case]", examples: int)
         try:
             held()
         except hypothesis.errors.Unsatisfiable:
-            return Row(name, "broken", "no case at which it could be looked at")
+            return Row(law.__name__, "broken", "no case at which it could be looked at")
         except (Exception, SystemExit) as error:  # whatever a scheme raises is evidence
             what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
-            return Row(name, "broken", f"{' '.join(what.split())}; {last}", last)
-    return Row(name, "held", f"{kept} cases")
+            return Row(law.__name__, "broken", f"{' '.join(what.split())}; {last}", last)
+    return Row(law.__name__, "held", f"{kept} cases")
 
 
 def claimed(scheme: type[Adapter], settings: dict[str, Any]) -> Claims:
@@ -129,31 +119,28 @@ def claimed(scheme: type[Adapter], settings: dict[str, Any]) -> Claims:
     return claims
 
 
-def says(law: Callable[..., None]) -> str:
+def says(law: Law) -> str:
     """The law itself: the first line of its docstring."""
     return (law.__doc__ or "").splitlines()[0]
 
 
-def table(
-    results: dict[str, list[Row]],
-    width: int | None = None,
-    laws: Iterable[Callable[..., None]] = LAWS,
-    head: str = "law",
-    breaks: str = "breaks",
-    dash: str = "not claimed by the scheme",
-) -> str:
-    """Laws down, schemes across, and below it the evidence for every broken one. Of another
-    comparison: what its lines are, the head above them, what a scheme does to one that is broken,
-    and what a dash means."""
+def table(results: dict[str, list[Row]], width: int | None = None) -> str:
+    """Laws down, schemes across, and below it the evidence for every broken one."""
     marks = {"held": "held", "broken": "BROKEN", "not claimed": "–"}
-    rows = [[head, *results, "what it says"]]
-    for i, law in enumerate(laws):
+    rows = [["law", *results, "what it says"]]
+    for i, law in enumerate(LAWS):
         verdicts = [marks[each[i].verdict].ljust(len("BROKEN")) for each in results.values()]
         rows.append([law.__name__, *verdicts, says(law)])
-    lines = [*aligned(rows, width, align=(str.ljust, str.ljust)), "", f"–: {dash}."]
+    lines = [
+        *aligned(rows, width, align=(str.ljust, str.ljust)),
+        "",
+        "–: not claimed by the scheme.",
+    ]
     for name, each in results.items():
         for row in each:
             if row.verdict == "broken":
-                said = f"{name} {breaks} {row.law}: {row.evidence}"
-                lines += ["", *textwrap.wrap(said, width or 100)]
+                lines += [
+                    "",
+                    *textwrap.wrap(f"{name} breaks {row.law}: {row.evidence}", width or 100),
+                ]
     return "\n".join(lines)

@@ -31,18 +31,6 @@ def load_class(path: str | Path, name: str, base: type[T]) -> type[T]:
     return fit[name]
 
 
-def load_name(path: str | Path, name: str) -> Any:
-    """What `name` stands for in a Python file, which is run.
-
-    Raises FileNotFoundError; ValueError if the file fails or holds no such name.
-    """
-    names = _run(Path(path))
-    if name not in names:
-        own = [n for n in names if not n.startswith("_")]
-        raise ValueError(f"{path}: {name} is not there; names there: {', '.join(own) or 'none'}")
-    return names[name]
-
-
 def load_function(path: str | Path, name: str) -> Callable[..., Any]:
     """The function `name` of a Python file, which is run once while its code stays as it is.
 
