@@ -38,9 +38,9 @@ SIMPLE = ("alone", "ridge_features", "own_ridge_features", "lda_features")
 @dataclasses.dataclass(frozen=True)
 class Place:
     """A stream of the main table, under its own model or the backbone of that name. all: whether
-    the atlas lives there too, or of it only SIMPLE. trials: as
-    many as each learner has there (tuning.py). has: what its model has, of what backbones.py names:
-    to know who can live there, nothing need be loaded."""
+    the atlas lives there too, or of it only SIMPLE. trials: as many as each learner has there
+    (tuning.py). has: what its model has, of what backbones.py names: to know who can live there,
+    nothing need be loaded."""
 
     stream: str
     tasks: int = 5

@@ -391,3 +391,13 @@ def test_the_atlas_says_who_is_first_and_who_is_not_told_from_it():
         "First of those that are not told the task or shown all at once: on split-digits olora "
         f"(.910, its lead not supported over ewc; mora .813, no. 3 of {racing})."
     )
+
+
+def test_a_curve_over_memory_goes_from_what_stores_least():
+    """Of own_ridge M 0 stores more than M 20: then h is linear in the inputs, and wide."""
+    sizes = {0: 3570.0, 20: 1320.0, 400: 20320.0}
+    cells = [{"row": f"clusters, own_ridge, M {M}", "seed": 0} for M in sizes]
+    found = [{"acc": whole / 1e5, "stored": whole, "whole": whole} for whole in sizes.values()]
+    (panel,) = memory.panels(Rows(cells, found))
+    (line,) = panel.lines
+    assert line.x == [1320.0, 3570.0, 20320.0] and line.mean == [0.0132, 0.0357, 0.2032]
