@@ -122,8 +122,8 @@ def test_what_readme_concludes_from_the_numbers():
             level = (stream, name) == ("permuted-digits", "mora")
             assert stands == ("level with" if level else "above"), (stream, name)
     for place, other, stands in (
-        (under("permuted-digits", "attention"), "lora_moe", "below"),
-        ("sequences", "lora", "not told from"),
+        (under("permuted-digits", "attention"), "lora", "not told from"),
+        ("sequences", "lora", "level with"),
         ("docstrings", "zero_shot", "level with"),
     ):
         mora, theirs = (rows[f"{place}, {name}"]["acc"]["values"] for name in ("mora", other))

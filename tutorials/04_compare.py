@@ -472,8 +472,8 @@ def spreads_overlap(more, less, stream):
 
 cases = [
     ("mora", "lora_moe", "permuted-digits"),
-    ("mora", "mora_detached", "subspaces"),
-    ("mora_detached", "mora", "split-digits"),
+    ("mora", "ridge", "permuted-digits"),
+    ("smora", "lora_moe", "split-digits"),
     ("mora_detached", "mora", "permuted-digits"),
 ]
 for case in cases:
@@ -494,11 +494,11 @@ plt.show()
 for stream in ("permuted-digits", "rotated-digits"):
     assert compared("mora", "lora_moe", stream).verdict == "supported"
 # the spreads overlap, and the difference is told: it is the seeds that differ, not the order
-assert spreads_overlap("mora", "mora_detached", "subspaces")
-small = compared("mora", "mora_detached", "subspaces")
+assert spreads_overlap("mora", "ridge", "permuted-digits")
+small = compared("mora", "ridge", "permuted-digits")
 assert small.verdict == "supported"
 # a difference that is more than twice as large is not told
-large = compared("mora_detached", "mora", "split-digits")
+large = compared("smora", "lora_moe", "split-digits")
 assert large.effect > 2 * small.effect > 0 and large.verdict == "inconclusive"
 # and one that is hardly there is not, either
 assert abs(compared("mora_detached", "mora", "permuted-digits").effect) < 0.01
