@@ -543,9 +543,9 @@ plt.show()
 #
 # **The order of rounding.** A gate that keeps the top k jumps: two inputs that differ by one
 # rounding can keep different ranks. Training on top of such jumps magnifies rounding, so that
-# another machine, another torch or another order of the same sums gives another run. On some
-# streams that moves a mean by more than the spread over seeds shows (see the README on
-# digit-worlds). The standard deviation over seeds is not the whole uncertainty.
+# another machine, another torch or another order of the same sums gives another run. On
+# digit-worlds that moves a mean of ten seeds by more than half of its interval's half
+# width (see the README). The standard deviation over seeds is not the whole uncertainty.
 
 # %%
 layer = MoRA(nn.Linear(2, 2, bias=False), rank=2, top_k=1).double()
