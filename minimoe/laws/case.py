@@ -8,7 +8,7 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class Case:
     def layer(self, dtype: torch.dtype = torch.float64, **settings: Any) -> Adapter:
         """The layer after its tasks, each of which left what it trains at random values; what
         is not trained is as the scheme made it. The same values every time, whatever the dtype."""
-        torch.manual_seed(self.seed)
+        seeded(self.seed)
         layer = self.build(nn.Linear(self.D, self.O, self.bias, dtype=torch.float64), **settings)
         for task in range(self.tasks):
             if task > 0:
@@ -76,6 +76,7 @@ class Case:
             for parameter in live(layer).values():
                 # a lone number is a knob, such as a mixing weight: it stays near where it starts
                 nn.init.normal_(parameter, std=1.0 if parameter.numel() > 1 else 0.01)
+        require_seed(self.seed)
         return layer.to(dtype).train(self.training)
 
     def x(self, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -85,41 +86,62 @@ class Case:
             *((self.T,) if shape is None else shape), self.D, generator=source, dtype=torch.float64
         )
 
-    def dy(self) -> Tensor:
-        """A gradient to come in at y (T, O), float64 and normal."""
+    def dy(self, shape: Iterable[int] | None = None) -> Tensor:
+        """A gradient to come in at y (*shape, O), by default (T, O), float64 and normal."""
         source = torch.Generator().manual_seed(self.seed + 2)
-        return torch.randn(self.T, self.O, generator=source, dtype=torch.float64)
+        leading = (self.T,) if shape is None else shape
+        return torch.randn(*leading, self.O, generator=source, dtype=torch.float64)
 
     def run(self, x: Tensor, layer: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """y of x, by a layer of this case's own if none is given."""
         layer = self.layer() if layer is None else layer
-        torch.manual_seed(self.seed + 3)
+        seeded(self.seed + 3)
         with self.context(layer, x):
-            return layer(x)
+            y = layer(x)
+        require_seed(self.seed + 3)
+        return y
 
-    def context(self, layer: Any, x: Tensor) -> contextlib.AbstractContextManager[Batch]:
+    def context(
+        self, layer: Any, x: Tensor, mask: Tensor | None = None
+    ) -> contextlib.AbstractContextManager[Batch]:
         """Inside, layer has the context that it needs (adapt.context) for each sample of x. A
         sample's context depends on that sample alone, and a small change of x does not change it.
         So a law may treat the layer as any function of x."""
         _, adapter = next(adapters(layer))
-        bits = (x > 0).double() @ (2.0 ** torch.arange(x.shape[-1], device=x.device)).double()
+        needs = adapter.needs()
+        if not needs:
+            return context(layer, mask=mask)
+        places = 2.0 ** (torch.arange(x.shape[-1], device=x.device) % 16)
+        bits = (x > 0).double() @ places.double()
         values = {}
-        for name, need in adapter.needs().items():
+        for name, need in needs.items():
             if isinstance(need, range):
                 values[name] = bits.long() % len(need)
             else:
                 source = torch.Generator().manual_seed(self.seed + 5)
                 vectors = torch.randn(7, need, generator=source, dtype=torch.float64)
                 values[name] = vectors.to(x.device)[bits.long() % 7]
-        return context(layer, **values)
+        return context(layer, mask=mask, **values)
+
+    def train(self, layer: Adapter, steps: int = 3) -> None:
+        """Some steps of training, each on a batch of its own, as a loop would make them."""
+        layer.train()
+        optimiser = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], 0.1)
+        for step in range(steps):
+            optimiser.zero_grad()
+            x = self.x((self.T + step,))
+            with self.context(layer, x) as batch:
+                (self.run(x, layer).square().mean() + batch.aux_loss).backward()
+            optimiser.step()
+            layer.after_step()
 
     def gradients(
         self, x: Tensor, layer: Adapter, call: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """y (T, O), and the gradients of (y · dy) by x and by what learns; `call` for layer."""
+        """y (..., O), and the gradients of (y · dy) by x and by what learns; `call` for layer."""
         leaves = {"x": x.detach().requires_grad_(), **live(layer)}
         y = self.run(leaves["x"], layer if call is None else call)
-        dy = self.dy().to(y.device)
+        dy = self.dy(x.shape[:-1]).to(y.device)
         grads = torch.autograd.grad(y, list(leaves.values()), dy, materialize_grads=True)
         return {"y": y.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
 
@@ -161,7 +183,70 @@ def cases(
     return drawn()
 
 
+def large(scheme: type[Adapter], settings: dict[str, Any], claims: Claims) -> list[Case]:
+    """Two cases beyond any that is drawn: long lives, wide layers, up to 16 experts kept, up to a
+    thousand tokens. What is right in small layers alone shows itself here."""
+    rank, blocks = settings.get("rank") or 3, claims.expert == "block"
+    experts = settings.get("experts", 1) if blocks else rank  # that a task adds
+    found = []
+    for T, D, O, tasks, training in ((1000, 64, 48, 8, True), (250, 20, 24, 18, False)):
+        tasks = tasks if blocks else min(tasks, 8)
+        sizes = {"rank": rank}
+        if claims.top_k:
+            sizes["top_k"] = min(16, tasks * experts - 1)
+        found.append(
+            Case(
+                scheme,
+                sizes | settings,
+                claims,
+                T=T,
+                D=max(D, rank),
+                O=max(O, rank),
+                tasks=tasks,
+                bias=training,
+                training=training,
+                seed=int(training),  # odd and even (exact_gradient)
+                path=DRAWN_PATHS[not training],
+            )
+        )
+    return found
+
+
+def smallest(breaks: Callable[[Case], bool], case: Case, free: Iterable[str]) -> Case:
+    """A case that breaks, with each of its sizes in turn as small as a search by halves finds it,
+    and so the settings that are free."""
+    least = dict.fromkeys(("T", "tasks", "D", "O", *free), 1)
+    least |= dict.fromkeys("DO", case.settings["rank"])
+    for name, low in least.items():
+        of_case = name not in free
+        high = getattr(case, name) if of_case else case.settings[name]
+        while low < high:
+            middle = (low + high) // 2
+            change = {name: middle} if of_case else {"settings": case.settings | {name: middle}}
+            smaller = replace(case, **change)
+            if breaks(smaller):
+                case, high = smaller, middle
+            else:
+                low = middle + 1
+    return case
+
+
 # Of a case or a layer.
+
+
+def seeded(seed: int) -> None:
+    """torch.manual_seed of the devices that there are, without the stack that it writes down for
+    those that there are not, which takes longer than a small layer does."""
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+def require_seed(seed: int) -> None:
+    """Raise Broken if torch was seeded since `seeded`: all layers of a model would be alike."""
+    if torch.initial_seed() != seed:
+        raise Broken(f"sets torch's seed, to {torch.initial_seed()}")
 
 
 def live(layer: Adapter) -> dict[str, nn.Parameter]:
@@ -219,9 +304,11 @@ def naming(what: str) -> Iterator[None]:
     """Whatever is raised inside becomes Broken, with `what` before its message."""
     try:
         yield
+    except LeftOut:
+        raise
     except Broken as error:
         raise Broken(f"{what}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # and no KeyboardInterrupt: that is the user's
         raise Broken(f"{what}: {type(error).__name__}: {error}") from error
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import pickle
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..claims import Claims
+from ..context import context
+from ..saving import load, save
 from ..sparse import PATHS
 from .case import (
-    DRAWN_PATHS,
     Broken,
     Case,
     LeftOut,
@@ -34,6 +37,7 @@ from .case import (
     noiseless,
     nudged,
     same_bits,
+    seeded,
     tensors,
 )
 
@@ -47,7 +51,7 @@ def zero_at_birth(case: Case) -> None:
     whatever a comparison shows later was learned."""
     one = {"top_k": 1} if case.claims.top_k else {}
     for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(case.seed)
+        seeded(case.seed)
         base = nn.Linear(case.D, case.O, bias=case.bias, dtype=dtype)
         x = case.x().to(dtype)
         want = base(x)
@@ -80,7 +84,7 @@ def equation(case: Case) -> None:
     x = case.x()
     case = noiseless(case, x)
     layer = case.layer(**settings)
-    torch.manual_seed(case.seed + 3)
+    seeded(case.seed + 3)
     with case.context(layer, x):
         idx, g, z, *_ = layer.gate(x)
     idx = torch.arange(layer.ranks).expand(case.T, -1) if idx is None else idx
@@ -94,16 +98,23 @@ def granularity(case: Case) -> None:
 
     On no other token if the claimed granularity is "token", no other sample if "sample". Otherwise
     what a model answers depends on who else is in the batch, and accuracy on the batch size. Looked
-    at by shuffling the tokens, and by replacing all but the first. (Tokens in one row: what a gate
-    does with a sample's tokens is looked at by any_shape.)"""
-    x = case.x((case.T + 1, 3))
-    if case.claims.granularity == "token":
-        x = x.flatten(0, 1)
+    at by shuffling the tokens, by replacing all but the first, and by leaving out all but the last,
+    of a thousand too: their number matters only there. (Tokens in one row: what a gate does with a
+    sample's tokens is looked at by any_shape.)"""
+    token = case.claims.granularity == "token"
+    x, many = case.x((case.T + 1, 3)), case.x((334, 3))
+    if token:
+        x, many = x.flatten(0, 1), many.flatten(0, 1)
     case = noiseless(case, x)
     y, order = case.run(x), torch.randperm(len(x))
     near(case.run(x[order]), y[order], "y of shuffled x", "y, shuffled")
     others = torch.cat([x[:1], -2 * x[1:]])
     near(case.run(others)[0], y[0], "y[0], all but x[0] replaced", "y[0] before")
+    all_of_many, what = case.run(many), "tokens" if token else "samples"
+    for last in (1, len(x)):
+        got, want = case.run(many[len(many) - last :]), all_of_many[len(many) - last :]
+        near(got, want, f"y of the last {last} {what} alone", f"that among {len(many)}")
+    near(case.run(x[1:]), y[1:], f"y without the first of {len(x)} {what}", "y with it")
 
 
 def support(case: Case) -> None:
@@ -111,12 +122,13 @@ def support(case: Case) -> None:
 
     The promise of sparsity: what a token costs does not grow with the tasks. On the first task
     there are often fewer experts than top_k: then it keeps all, and that must be no error."""
-    for top_k in range(1, case.experts + 2):
+    E = case.experts
+    for top_k in some_top_k(E):
         with naming(f"top_k {top_k}"):
             w = expert_weights(case, case.layer(top_k=top_k))
             most = int((w != 0).sum(-1).max())
-            if most > min(top_k, case.experts):
-                raise Broken(f"{most} of {case.experts} experts speak for one token")
+            if most > min(top_k, E):
+                raise Broken(f"{most} of {E} experts speak for one token")
 
 
 def simplex(case: Case) -> None:
@@ -126,11 +138,12 @@ def simplex(case: Case) -> None:
     size does not depend on how many experts there are, and a weight can be read as a share. (A
     scheme may claim a sum as large as the number of experts that it keeps: then a mean of 1.)"""
     every: list[dict[str, Any]]
-    every = [{"top_k": k + 1} for k in range(case.experts)] if case.claims.top_k else [{}]
+    E = case.experts
+    every = [{"top_k": k} for k in some_top_k(E)[:-1]] if case.claims.top_k else [{}]
     for settings in every:
         w = expert_weights(case, case.layer(**settings))
         at = "".join(f"top_k {top_k}: " for top_k in settings.values())
-        total = min(settings.get("top_k", case.experts), case.experts)
+        total = min(settings.get("top_k", E), E)
         over = w.sum(-1) / (total if case.claims.simplex == "kept" else 1) - 1
         if w.min() < 0:
             raise Broken(f"{at}a weight is {w.min():.4g}")
@@ -146,7 +159,8 @@ def paths_agree(case: Case) -> None:
     Compared in float64. A path is a way to compute, not another method: speed may not change
     results. The plain equation is the reference. (Triton takes part on a GPU, or in its interpreter
     where TRITON_INTERPRET=1 is set.)"""
-    kernels = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and case.T <= 64  # more takes too long
+    kernels = torch.cuda.is_available() or interpreted
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for path in PATHS:
@@ -168,11 +182,12 @@ def exact_gradient(case: Case) -> None:
     per tensor, where the output is smooth: near a tie of the top k the two one-sided differences
     disagree, and the case is left out. What breaks it: a norm, a softmax or a scale treated as a
     constant in backward."""
-    x, layer = case.x(), case.layer()
-    got, dy = case.gradients(x, layer), case.dy()
+    shape = (case.T,) if case.seed % 2 else (2, case.T)  # a gate may do otherwise with samples
+    x, layer = case.x(shape), case.layer()
+    got, dy = case.gradients(x, layer), case.dy(shape)
     layer = case.layer()
     for name, tensor in {"x": x, **live(layer)}.items():
-        torch.manual_seed(case.seed + 4)
+        seeded(case.seed + 4)
         way = torch.randn_like(tensor)
         start, f = tensor.detach().clone(), []
         for step in (-1e-6, 0.0, 1e-6):
@@ -239,26 +254,84 @@ def grow_keeps(case: Case) -> None:
         raise Broken(f"{ranks} ranks became {layer.ranks}, with rank {layer.rank}")
 
 
-def round_trips(case: Case) -> None:
-    """state_dict, deepcopy and pickle give the same layer.
+def learns_from_birth(case: Case) -> None:
+    """Something in a fresh layer has a gradient, and in a grown one.
 
-    The state_dict of a grown layer loads into a fresh one, and what comes of each grows on.
-    Otherwise a checkpoint loads, and answers otherwise than the model that was saved."""
-    layer, x = case.layer(), case.x()
-    want = case.run(x, case.layer())
-    fresh = case.build(nn.Linear(case.D, case.O, bias=case.bias).double())
-    fresh.load_state_dict(layer.state_dict())
-    copies = {
-        "state_dict in a fresh layer": fresh.train(case.training),
-        "deepcopy": copy.deepcopy(layer),
-        "pickle": pickle.loads(pickle.dumps(layer)),
+    By a loss of the output. A layer that starts where nothing can move, as with keys and values of
+    0, trains without an error and never learns, and it looks as if the method had failed. The layer
+    is as the scheme makes it, task by task, and keeps all experts; of several draws of its noise
+    one must do."""
+    case = replace(case, D=case.D + 3)  # so that what a gate is told of 64 tokens names every task
+    x, draws = case.x((64,)), 5
+    every = {"top_k": case.tasks * case.settings["rank"]} if case.claims.top_k else {}
+    seeded(case.seed)
+    layer = case.build(nn.Linear(case.D, case.O, case.bias, dtype=torch.float64), **every).train()
+    for task in range(case.tasks):
+        if task > 0:
+            layer.grow()
+        learns = [p for p in layer.parameters() if p.requires_grad]
+        for draw in range(draws):
+            seeded(case.seed + draw)
+            with case.context(layer, x):
+                y = layer(x)
+            grads = torch.autograd.grad(y.square().mean(), learns, materialize_grads=True)
+            if any(bool(grad.any()) for grad in grads):
+                break
+        else:
+            raise Broken(f"of {task + 1} tasks: every gradient is 0")
+
+
+def round_trips(case: Case) -> None:
+    """state_dict, save, deepcopy and pickle give the same layer.
+
+    Of a layer that has been trained: a fresh one with its state answers the same bits in both
+    modes, learns the same in the next step, and grows on. So whatever training or after_step moves
+    is part of the state. Every setting is kept under its own name: a layer made by `settings()`
+    loads what `save` wrote. Otherwise a checkpoint loads, and answers otherwise than the model that
+    was saved."""
+    layer = case.layer()
+    case.train(layer)
+
+    def fresh(**settings: Any) -> Adapter:
+        return case.build(copy.deepcopy(layer.base), **settings).train(layer.training)
+
+    def loaded() -> Adapter:
+        other = fresh()
+        other.load_state_dict(layer.state_dict())
+        return other
+
+    def from_file() -> Adapter:
+        settings = layer.settings()
+        for name, given in case.settings.items():
+            if repr(settings.get(name)) != repr(given):
+                raise Broken(f"{name} {given!r} is kept as {settings.get(name)!r}")
+        other = fresh(**settings)
+        if repr(other.settings()) != repr(settings):
+            raise Broken(f"made by settings() {settings}, it has {other.settings()}")
+        with tempfile.TemporaryDirectory() as folder:
+            save(layer, f"{folder}/layer.safetensors")
+            load(other, f"{folder}/layer.safetensors")
+        return other
+
+    ways: dict[str, Callable[[], Adapter]] = {
+        "state_dict in a fresh layer": loaded,
+        "save and load": from_file,
+        "deepcopy": lambda: copy.deepcopy(layer),
+        "pickle": lambda: pickle.loads(pickle.dumps(layer)),
     }
-    for name, other in copies.items():
+    copies = {}
+    for name, way in ways.items():
         with naming(name):
-            same_bits(case.run(x, other), want, f"y by {name}", "y")
+            copies[name] = way()
+    want = life(case, layer)
+    for name, other in copies.items():
+        with naming(f"by {name}"):
+            for what, got in life(case, other).items():
+                same_bits(got, want[what], what, "the layer's own")
+            ranks = other.ranks
             other.grow()
             if other.ranks != layer.ranks + layer.rank:
-                raise Broken(f"by {name} and grown, {layer.ranks} ranks became {other.ranks}")
+                raise Broken(f"grown, {ranks} ranks became {other.ranks}")
 
 
 def eval_is_still(case: Case) -> None:
@@ -271,14 +344,56 @@ def eval_is_still(case: Case) -> None:
     before = copy.deepcopy(tensors(layer))
     layer.eval()
     with case.context(layer, x):
-        torch.manual_seed(case.seed + 3)
+        seeded(case.seed + 3)
         first = layer(x)
-        torch.manual_seed(case.seed + 4)
+        seeded(case.seed + 4)
         same_bits(layer(x), first, "y in evaluation, again", "y in evaluation")
+    if layer.counts is not None:
+        raise Broken("evaluation leaves counts, and after_step would move by them")
     for mode in ("eval", "train"):
         now = tensors(getattr(layer, mode)())
         for name, tensor in before.items():
             same_bits(now[name], tensor, f"{name} after {mode}()", "before")
+
+
+def padding_is_left_out(case: Case) -> None:
+    """Padding changes no loss, no count, and no other token's output.
+
+    Tokens that the batch's mask leaves out (adapt.context) may hold anything: another batch pads
+    them otherwise. Padding alone leaves a loss and counts of 0. Otherwise short samples train on
+    what is not there, and what is balanced is padding, which some batches have most of."""
+    case = replace(case, training=True)
+    x = case.x((3, case.T + 1))
+    mask = torch.arange(case.T + 1) < torch.tensor([[case.T + 1], [1], [0]])
+    padded = torch.where(mask.unsqueeze(-1), x, 3 - 2 * x)
+    said = x[:, 0]  # each sample's context is as this says
+    want, got = (left(case, [[content]], said, mask) for content in (x, padded))
+    for name, tensor in want.items():
+        if case.claims.granularity != "batch" or name in ("aux_loss", "counts"):
+            near(got[name], tensor, f"{name} with other padding", "before")
+    for name, tensor in left(case, [[x]], said, mask & False).items():
+        if name in ("aux_loss", "counts"):
+            near(tensor, torch.zeros_like(tensor), f"{name} of padding alone", "that of nothing")
+
+
+def passes_add_up(case: Case) -> None:
+    """What the passes of one step leave adds up: losses, counts, gradients.
+
+    A layer may be called twice in a batch, as where weights are shared; and a step may be of many
+    micro-batches. Two passes in one context leave what they leave in two, and then after_step moves
+    what it moves after one pass of all their tokens (where a pass draws no noise). What breaks it:
+    a loss or counts that a layer keeps of its last pass alone."""
+    case = replace(case, training=True)
+    with naming("after_step before any pass"):
+        case.layer().after_step()
+    parts = list(case.x((2 * case.T,)).split(case.T))
+    want, got = left(case, [[x] for x in parts]), left(case, [parts])
+    for name, tensor in want.items():
+        near(got[name], tensor, f"{name} of two passes in one context", "that of two contexts")
+    if noiseless(case, parts[0]).training:
+        for name, tensor in left(case, [[torch.cat(parts)]]).items():
+            if name.startswith("after_step"):
+                near(want[name], tensor, f"{name} of two passes", "that of one")
 
 
 def degenerates_to_lora(case: Case) -> None:
@@ -362,16 +477,17 @@ def compiles(case: Case) -> None:
 
     A number fetched from a tensor (.item(), an `if` on a tensor) cuts the graph, and on a GPU makes
     every layer wait. Resets the compiler's caches (torch.compiler.reset)."""
-    for path in DRAWN_PATHS:
-        at, x = replace(case, path=path), case.x()
-        layer, want = at.layer(), at.gradients(x, at.layer())
-        torch.compiler.reset()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
-            compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
-            got = at.gradients(x, layer, compiled)
-        for name, tensor in got.items():
-            near(tensor, want[name], f"path {path}: {name}, compiled", name)
+    x, layer = case.x(), case.layer()
+    want = case.gradients(x, case.layer())
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+        compiled: Any = torch.compile(
+            layer, backend="aot_eager_default_partitioner", fullgraph=True
+        )
+        got = case.gradients(x, layer, compiled)
+    for name, tensor in got.items():
+        near(tensor, want[name], f"{name}, compiled", name)
 
 
 def nan_stays(case: Case) -> None:
@@ -406,9 +522,13 @@ def active_is_read(case: Case) -> None:
     Counted the slow way: a parameter is read if making it huge, up or down, or any of some ordinary
     numbers, changes the output. Of layers of two tasks or more, as a router over one expert decides
     nothing; the most that any of 4 tokens depends on; in training, if that draws no noise."""
-    case = replace(case, tasks=max(case.tasks, 2), training=True)
+    sizes = {name: min(getattr(case, name), max(18, case.settings["rank"])) for name in "DO"}
+    case = replace(case, **sizes)  # more takes too long
+    # a product with a weight of 0 would read what is not kept, to see nothing of it
+    case = replace(case, tasks=max(case.tasks, 2), training=True, path="gather")
     if case.claims.top_k:
-        every, more = (case.layer(top_k=case.experts + n).active() for n in (0, 1))
+        E = case.experts
+        every, more = (case.layer(top_k=k).active() for k in (E, E + 1))
         if every != more:
             raise Broken(
                 f"active() is {every} with all experts kept, {more} with one more than all"
@@ -428,24 +548,89 @@ def active_is_read(case: Case) -> None:
         return case.run(x, layer)
 
     def count(x: Tensor, values: Sequence[float]) -> int:
-        want = poked(x)
-        rows = [row for tensor, _ in own for row in tensor.view(len(tensor), -1)]
-        return sum(
-            any(not torch.equal(poked(x, at, value), want) for value in values)
-            for row in rows  # to see that none of a long row is read, one look is enough
-            if len(row) == 1 or not torch.equal(poked(x, row, math.nan), want)
-            for at in row
-        )
+        """The most that any token of x (n, 1, D) depends on."""
+        want, found = poked(x), torch.zeros(len(x))
+
+        def changed(at: Tensor, value: float) -> Tensor:
+            return (poked(x, at, value) != want).flatten(1).any(-1)  # (n,)
+
+        for row in (row for tensor, _ in own for row in tensor.view(*tensor.shape[:1] or (1,), -1)):
+            # to see that none of a long row is read, one look is enough
+            read = changed(row, math.nan) if len(row) > 1 else found >= 0
+            for at in row if read.any() else ():
+                seen = ~read
+                for value in values:
+                    if not seen.all():
+                        seen = seen | changed(at, value)
+                found += seen & read
+        return int(found.max())
 
     coarse = [HUGE, -HUGE, *(n / 4 for n in range(-16, 17))]
     fine = [*coarse, *(n / 32 for n in range(-48, 49))]  # what changes a choice may be a small step
+    # at once, unless a token may read others
+    some = case.x((4, 1)).split(1 if case.claims.granularity == "batch" else 4)
     with torch.no_grad():
-        most = max(count(x, coarse) for x in case.x((4,)))
-        for x in case.x((4,)):
+        most = max(count(x, coarse) for x in some)
+        for x in some:
             if most < layer.active():  # fine is slow
                 most = max(most, count(x, fine))
     if most != layer.active():
-        raise Broken(f"active() is {layer.active()}, and an output depends on {most}")
+        of = f"of {case.tasks} tasks, in training: "
+        raise Broken(f"{of}active() is {layer.active()}, and an output depends on {most}")
+
+
+# What laws share.
+
+
+def some_top_k(E: int) -> list[int]:
+    """From 1 to one more than there are experts; of many, every 6th in between."""
+    return [*range(1, min(E, 10)), *range(10, E, 6), E, E + 1]
+
+
+def life(case: Case, layer: Adapter) -> dict[str, Tensor]:
+    """How a layer goes on: what it answers, what it learns in a step, and what it answers then."""
+    answers = {}
+    for when in ("", " after one more step"):
+        for mode in (True, False):
+            y = case.run(case.x(), layer.train(mode))
+            answers[f"y in {'training' if mode else 'evaluation'}{when}"] = y.detach()
+        if not when:
+            case.train(layer, 1)
+    return answers
+
+
+def left(
+    case: Case, batches: list[list[Tensor]], said: Tensor | None = None, mask: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What a step leaves, of batches of passes: y of the tokens that count, all losses (without the
+    weights' own), counts, gradients, and what after_step has moved, by how much.
+
+    said: what the samples' context is made of, by default themselves."""
+    layer, ys, losses = case.layer(), [], torch.zeros((), dtype=torch.float64)
+    with context(layer) as weights:
+        penalty = weights.aux_loss
+    for batch in batches:
+        total = torch.zeros((), dtype=torch.float64)
+        with context(layer) as outer:
+            for x in batch:
+                seeded(case.seed + 3)
+                with case.context(layer, x if said is None else said, mask):
+                    y = layer(x)
+                ys.append(y.flatten(0, -2) if mask is None else y[mask])
+                total = total + ys[-1].square().sum()
+        loss = outer.aux_loss - penalty
+        (total + loss).backward(retain_graph=True)  # the penalty is in each of them
+        losses = losses + loss
+    found = {"y": torch.cat(ys), "aux_loss": losses}
+    if layer.counts is not None:
+        found["counts"] = layer.counts.double()
+    for name, parameter in live(layer).items():
+        found[f"d{name}"] = torch.zeros(()) if parameter.grad is None else parameter.grad
+    before = {name: tensor.detach().clone() for name, tensor in tensors(layer).items()}
+    layer.after_step()
+    for name, tensor in tensors(layer).items():
+        found[f"after_step's move of {name}"] = (tensor - before[name]).nan_to_num()
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 # Which claim calls for which law.
@@ -463,8 +648,11 @@ LAWS: dict[Law, Callable[[Claims], bool]] = {
     exact_gradient: lambda claims: claims.exact_gradient,
     only_live_learns: lambda claims: True,
     grow_keeps: lambda claims: True,
+    learns_from_birth: lambda claims: True,
     round_trips: lambda claims: True,
     eval_is_still: lambda claims: True,
+    padding_is_left_out: lambda claims: True,
+    passes_add_up: lambda claims: True,
     degenerates_to_lora: lambda claims: claims.as_lora is not None,
     merge_is_equal: lambda claims: claims.mergeable,
     half_precision: lambda claims: True,
@@ -473,4 +661,9 @@ LAWS: dict[Law, Callable[[Claims], bool]] = {
     zero_is_finite: lambda claims: True,
     active_is_read: lambda claims: True,
 }
-EXAMPLES: dict[Law, int] = {compiles: 2, half_precision: 6, active_is_read: 4}  # others 30
+EXAMPLES: dict[Law, int] = {
+    compiles: 2,
+    half_precision: 6,
+    active_is_read: 4,
+    round_trips: 15,
+}  # others 30

@@ -8,5 +8,5 @@ LAW = "only_live_learns"
 class Scheme(SMoRA):
     def after_step(self):
         if self.counts is not None:
-            self.frozen_bias += self.rate
+            self.frozen_expert_bias += self.rate
         super().after_step()
