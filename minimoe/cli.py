@@ -9,19 +9,18 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import keyword
 import os
 import re
 import shlex
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import joblib
 import torch
 
 from . import __version__, bench, laws, studies
@@ -30,12 +29,15 @@ from .compare import draw as draw_compare
 from .continual import streams
 from .continual.backbones import BACKBONES
 from .continual.learn import OPTIMISERS
+from .laws.apart import SECONDS, check_apart, same_apart
+from .laws.pair import WITHIN
 from .options import FIXED, RUN, Options, canonical
-from .roster import EPOCHS, ROSTER, SCHEMES, lookup
+from .roster import EPOCHS, ROSTER, SCHEMES
 from .setting import Setting, stream_of
 from .studies import STUDIES
 from .tools import console, parallel
-from .tools.files import read_json, write_atomic, write_json
+from .tools.device import device_is_here
+from .tools.files import read_json, sealed, write_atomic, write_json
 from .tools.results import MEND, CompareResult, StudyResult, to_json
 from .tools.tables import FORMATS, formatted, study_table, table
 
@@ -121,6 +123,29 @@ def parser() -> Parser:
     add("--out", type=Path, default=Path(OUT["study"]), help="default %(default)s")
     add = commands.add_parser("check", help="hold schemes to the laws").add_argument
     add("schemes", nargs="+", metavar="NAME", help=f"{', '.join(SCHEMES)}, or file.py:Class")
+    add(
+        "--as",
+        dest="theirs",
+        metavar="NAME",
+        help="hold each to this scheme, step by step, and not to the laws; file.py:NAME may then "
+        "be a function of x and a layer, or a minimoe.laws.Mapped",
+    )
+    add("--device", help="of --as: default cpu; cuda, cuda:1, ...")
+    add(
+        "--within",
+        type=float,
+        metavar="SHARE",
+        help="of --as: how far numbers may be apart, as a share of the largest; default "
+        f"{WITHIN:g}; 1e-4 for what computes in float32, as many kernels do",
+    )
+    add("--jobs", type=int, metavar="N", help="laws side by side, default one per core")
+    add(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        metavar="N",
+        help="for a law, or a step of --as; one that takes longer is broken; default %(default)g",
+    )
     add("--json", action="store_true", help="print JSON instead of the table")
     add = commands.add_parser("new-scheme", help="write a scheme to fill in").add_argument
     add("name", metavar="NAME", help="as in my_gate, for my_gate.py with a class MyGate")
@@ -362,40 +387,28 @@ def run_study(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        results = checked(args.schemes)  # whatever a scheme prints is no JSON
+    names = list(dict.fromkeys(args.schemes))
+    jobs = joblib.cpu_count() if args.jobs is None else args.jobs
+    ways = {name: getattr(args, name) for name in ("device", "within")}
+    ways = {name: value for name, value in ways.items() if value is not None}
+    if args.theirs:
+        with console.Progress("scheme") as bar:
+            results = same_apart(names, args.theirs, jobs, args.seconds, bar, **ways)
+    elif ways:
+        raise ValueError(f"--{' --'.join(ways)} is for --as NAME")
+    else:
+        with console.Progress("law") as bar:
+            results = check_apart(names, jobs, args.seconds, bar)
     if args.json:
-        keys = ("law", "verdict", "evidence")
-        rows = {n: [{k: getattr(row, k) for k in keys} for row in results[n]] for n in results}
-        print(json.dumps(rows, indent=1))
+        found = laws.CheckResult.of(args.theirs or "laws", results)
+        print(sealed("check", to_json(found)))
+    elif args.theirs:
+        dash = "not looked at, or nowhere to be seen in what is no Adapter"
+        of = (laws.STEPS, "step", f"is not {args.theirs} in", dash)
+        print(laws.table(results, console.width(), *of))
     else:
         print(laws.table(results, console.width()))
     return int(any(row.verdict == "broken" for rows in results.values() for row in rows))
-
-
-def checked(names: list[str]) -> dict[str, list[laws.Row]]:
-    """What the laws say of each scheme."""
-    from hypothesis.configuration import set_hypothesis_home_dir
-
-    torch.set_num_threads(1)
-    schemes = {}
-    for name in dict.fromkeys(names):
-        if name not in SCHEMES and ":" not in name:
-            raise ValueError(f"scheme is {name!r}, allowed: {', '.join(SCHEMES)}, file.py:Class")
-        scheme = lookup(name)[1].scheme
-        assert scheme is not None
-        laws.claimed(scheme, {})  # bad input, before the bar
-        schemes[name] = scheme
-    total = len(schemes) * len(laws.LAWS)
-    results: dict[str, list[laws.Row]] = {name: [] for name in schemes}
-    with console.Progress("law") as bar, tempfile.TemporaryDirectory() as notes:
-        set_hypothesis_home_dir(notes)  # and not .hypothesis in the folder one stands in
-        for name, scheme in schemes.items():
-            for law in laws.LAWS:
-                bar(f"{name}, {law.__name__}", 0, total)
-                results[name].append(laws.hold(law, scheme))
-                bar(f"{name}, {law.__name__}", 1, total)
-    return results
 
 
 def run_new_scheme(args: argparse.Namespace) -> int:
@@ -455,18 +468,6 @@ def run_bench(args: argparse.Namespace) -> int:
     print(bench.table(result, console.width()))
     print("", *(out / name for name in ("bench.json", "bench.md", "bench.png")), sep="\n")
     return 0
-
-
-def device_is_here(name: str) -> None:
-    try:
-        device = torch.device(name)
-        if device.type in ("cpu", "meta") and (device.type == "meta" or device.index):
-            raise RuntimeError(f"there is no {name}")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = "cpu" + (", cuda" if torch.cuda.is_available() else "")
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device is {name!r}, allowed here: {here} ({reason})") from None
 
 
 def latest(command: str) -> Path:

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+collect_ignore = ["example_project"]  # test_testing.py runs it
 
 
 @pytest.fixture(autouse=True)

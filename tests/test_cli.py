@@ -242,6 +242,10 @@ BAD = [
     (["check", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora, smora"),
     (["check", "mora", "gone.py:Mine"], "gone.py: no such file"),
     (["check", "file:Mine"], "file fails: NameError: name 'mine' is not defined"),
+    (["check", "lora", "--jobs", "0"], "jobs is 0, allowed: 1 or more"),
+    (["check", "lora", "--seconds", "0"], "seconds is 0, allowed: above 0"),
+    (["check", "lora", "--seconds", "nan"], "seconds is nan, allowed: above 0"),
+    (["check", "lora", "--as", "moar"], "scheme is 'moar', allowed: lora, lora_moe, mora, smora"),
     (["new-scheme", "my-gate"], "name is 'my-gate', allowed: a module's name, as in my_gate"),
     (["new-scheme", "../gate"], "name is '../gate', allowed: a module's name"),
     (["new-scheme", "lambda"], "name is 'lambda', allowed: one that Python does not know yet"),
@@ -462,13 +466,13 @@ def test_check_names_what_a_wrong_scheme_breaks(tmp_path):
     wrong = f"{Path(__file__).parent / 'broken' / 'softmax_before_top_k.py'}:Scheme"
     done = minimoe("check", "lora", wrong, "--json", cwd=tmp_path)
     assert done.returncode == 1
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["schemes"]
     assert list(found) == ["lora", wrong]
     for rows in found.values():
-        assert [row["law"] for row in rows] == [law.__name__ for law in LAWS]
+        assert [row["name"] for row in rows] == [law.__name__ for law in LAWS]
     assert "broken" not in {row["verdict"] for row in found["lora"]}
     (row,) = [row for row in found[wrong] if row["verdict"] == "broken"]
-    assert row["law"] == "simplex"
+    assert row["name"] == "simplex"
     assert "a token's weights sum to 1 -" in row["evidence"] and "seed" in row["evidence"]
 
 

@@ -9,7 +9,7 @@ from minimoe.adapt import context
 from minimoe.continual.backbones import Backbone
 from minimoe.continual.learn import pretrain, run_stream
 from minimoe.continual.streams import make
-from minimoe.laws import live
+from minimoe.laws import live, same
 from minimoe.roster import ROSTER, SCHEMES, names
 from minimoe.sparse import rank_scores, rank_sparse, top_scores
 
@@ -80,6 +80,12 @@ def test_layers_equal_their_cpu_selves(name, path):
         found.append((y, *grads))
     for cpu, gpu in zip(*found, strict=True):
         assert torch.allclose(cpu, gpu.cpu(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_moe", "mora", "smora"])
+def test_an_implementation_is_held_to_a_scheme_on_the_device(name):
+    rows = same(SCHEMES[name], SCHEMES[name], device="cuda")
+    assert not [str(row) for row in rows if row.verdict == "broken"]
 
 
 @pytest.mark.parametrize("name", names(Backbone()))

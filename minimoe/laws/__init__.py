@@ -6,11 +6,14 @@
 
 A law is a function of one `Case`: a layer of drawn sizes that has lived through some tasks
 (case.py). laws.py holds the laws, and says which claim calls for which; most are for everyone.
-check.py holds a scheme to them. template.py is what `minimoe new-scheme` writes.
+check.py holds a scheme to them. same.py holds an implementation to another scheme, and guess.py
+says as if which step of the equation were another. apart.py is what `minimoe check` does: each law
+in a process of its own. testing.py makes pytest's tests of them. template.py is what `minimoe
+new-scheme` writes.
 """
 
 from .case import Broken, Case, LeftOut, live
-from .check import Row, check, claimed, hold, says, table
+from .check import CheckResult, Row, check, claimed, hold, says, table
 from .laws import (
     LAWS,
     Law,
@@ -24,9 +27,12 @@ from .laws import (
     granularity,
     grow_keeps,
     half_precision,
+    learns_from_birth,
     merge_is_equal,
     nan_stays,
     only_live_learns,
+    padding_is_left_out,
+    passes_add_up,
     paths_agree,
     round_trips,
     simplex,
@@ -34,13 +40,18 @@ from .laws import (
     zero_at_birth,
     zero_is_finite,
 )
+from .pair import Mapped, mapped
+from .same import STEPS, same
 
 __all__ = [
     "LAWS",
+    "STEPS",
     "Broken",
     "Case",
+    "CheckResult",
     "Law",
     "LeftOut",
+    "Mapped",
     "Row",
     "active_is_read",
     "any_shape",
@@ -55,12 +66,17 @@ __all__ = [
     "grow_keeps",
     "half_precision",
     "hold",
+    "learns_from_birth",
     "live",
+    "mapped",
     "merge_is_equal",
     "nan_stays",
     "only_live_learns",
+    "padding_is_left_out",
+    "passes_add_up",
     "paths_agree",
     "round_trips",
+    "same",
     "says",
     "simplex",
     "support",

@@ -106,8 +106,12 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: str | Path, kind: str, content: dict[str, Any]) -> None:
     """Write content, anything that JSON holds but nan, under the seal "minimoe"."""
-    text = json.dumps({"minimoe": _seal(kind, content), **content}, indent=1, allow_nan=False)
-    write_atomic(path, f"{text}\n".encode())
+    write_atomic(path, f"{sealed(kind, content)}\n".encode())
+
+
+def sealed(kind: str, content: dict[str, Any]) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps({"minimoe": _seal(kind, content), **content}, indent=1, allow_nan=False)
 
 
 def read_json(path: str | Path, *kinds: str, mend: str) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -26,9 +27,21 @@ def load_class(path: str | Path, name: str, base: type[T]) -> type[T]:
     fit = {n: c for n, c in classes.items() if issubclass(c, base)}
     if name not in fit:
         none = f"is no scheme (a subclass of minimoe.{base.__name__})"
-        wrong = none if name in classes else "is not there"
+        wrong = none if name in names else "is not there"
         raise ValueError(f"{path}: {name} {wrong}; schemes there: {', '.join(fit) or 'none'}")
     return fit[name]
+
+
+def load_name(path: str | Path, name: str) -> Any:
+    """What `name` stands for in a Python file, which is run.
+
+    Raises FileNotFoundError; ValueError if the file fails or holds no such name.
+    """
+    names = _run(Path(path))
+    if name not in names:
+        own = [n for n in names if not n.startswith("_")]
+        raise ValueError(f"{path}: {name} is not there; names there: {', '.join(own) or 'none'}")
+    return names[name]
 
 
 def load_function(path: str | Path, name: str) -> Callable[..., Any]:
@@ -56,9 +69,11 @@ def _run(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file")
     for module in _helpers(path) & sys.modules.keys():
         del sys.modules[module]  # edited since, or of a file elsewhere
-    alias = f"{path.stem}_{next(_loads)}"  # two files of one name, or one file twice, are two
+    # two files of one name, or one file twice, are two; and a dot would ask for a package
+    alias = re.sub(r"\W", "_", f"{path.stem}_{next(_loads)}")
     own = types.ModuleType(alias)
     own.__file__ = str(path)
+    own.__package__ = _package(path)[1]  # what relative imports start from
     sys.modules[alias] = own  # pickle looks a class up there
     try:
         with _as_a_script(path):
@@ -78,19 +93,34 @@ def _run_once(path: Path, code: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _as_a_script(path: Path) -> Iterator[None]:
-    """Imports find what is in the file's folder first, as Python does for a script."""
-    folder = str(path.parent)
-    sys.path.insert(0, folder)
+    """Imports find what is in the file's folder first, as Python does for a script; and the package
+    that the file stands in, if any. Where one stands is as before, whatever the file does."""
+    folders = [str(path.parent), *([str(_package(path)[0])] if _package(path)[1] else [])]
+    sys.path[:0] = folders
     try:
-        yield
+        with contextlib.chdir(Path.cwd()):
+            yield
     finally:
-        sys.path.remove(folder)
+        for folder in folders:
+            with contextlib.suppress(ValueError):  # the file has changed sys.path
+                sys.path.remove(folder)
+
+
+def _package(path: Path) -> tuple[Path, str]:
+    """The folder that the package of a file is in, and its dotted name; "" if there is none."""
+    root, names = path.absolute().parent, list[str]()
+    while (root / "__init__.py").is_file():
+        names.insert(0, root.name)
+        root = root.parent
+    return root, ".".join(names)
 
 
 def _helpers(path: Path) -> set[str]:
-    """The modules that the file imports from its folder, as they are called there. (Not this
-    package, if it is there.)"""
+    """The modules that the file imports from its folder, as they are called there, or in its
+    package. (Not this package, if it is there.)"""
     path = path.resolve()
     files = {file for file in own_files(path) if not file.is_relative_to(PACKAGE)} - {path}
-    names = (file.relative_to(path.parent).with_suffix("").parts for file in files)
-    return {".".join(parts).removesuffix(".__init__") for parts in names}
+    parts = [file.relative_to(path.parent).with_suffix("").parts for file in files]
+    names = {".".join(part).removesuffix(".__init__") for part in parts}
+    package = _package(path)[1]
+    return names | {f"{package}.{name}" for name in names if package}

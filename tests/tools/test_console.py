@@ -126,7 +126,7 @@ def test_json_is_json_whatever_else_prints(tmp_path):
     (tmp_path / "loud.py").write_text(LOUD)
     words = [*COMMAND, "check", "loud.py:Loud", "--json"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert len(json.loads(done.stdout)["loud.py:Loud"]) == len(LAWS)
+    assert len(json.loads(done.stdout)["schemes"]["loud.py:Loud"]) == len(LAWS)
     assert "at import" in done.stderr and "in the gate" in done.stderr
 
 
