@@ -1,6 +1,9 @@
 """The laws themselves: they hold for what ships, and each catches what it is there to catch."""
 
+import contextlib
+import importlib
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +22,11 @@ from minimoe.laws.case import DRAWN_PATHS, large
 from minimoe.laws.template import NewScheme
 from minimoe.roster import ROSTER, SCHEMES
 from minimoe.schemes.flylora import FlyLoRA
+from minimoe.tools.files import write_atomic
 from minimoe.tools.load import load_class
+
+with contextlib.suppress(ImportError):  # while the interpreter is asked for (rows)
+    importlib.import_module("minimoe.kernels")
 
 NAMES = {law.__name__: law for law in LAWS}
 BROKEN = Path(__file__).parents[1] / "broken"
@@ -76,8 +83,20 @@ def rows(stem):
         return meant, [hold(NAMES[law], scheme) for law in NAMES if law not in LONG - {meant}]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def shared(tmp_path_factory):
+    """A folder of this run, for all of pytest's processes."""
+    own = tmp_path_factory.getbasetemp()
+    broken.folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 def broken(stem):
-    return {row.law for row in rows(stem)[1] if row.verdict == "broken"}
+    """The laws that it breaks. Pytest's processes tell each other: it takes seconds."""
+    told = broken.folder / f"{stem}.broken"
+    if not told.exists():
+        laws = {row.law for row in rows(stem)[1] if row.verdict == "broken"}
+        write_atomic(told, " ".join(sorted(laws)).encode())
+    return set(told.read_text().split())
 
 
 @pytest.mark.parametrize("stem", WRONG)
