@@ -85,13 +85,13 @@ class Pair:
     def __init__(self, case: Case, mine: Mapped, device: str = "cpu", within: float = WITHIN):
         self.case, self.mapped, self.device, self.within = case, mine, device, within
         self.theirs = case.layer().to(device)
-        self.base = copy.deepcopy(self.theirs.base).requires_grad_()  # to freeze it is mine's part
-        self.base_parameters = dict(self.base.named_parameters())
+        base = copy.deepcopy(self.theirs.base).requires_grad_()  # to freeze it is mine's part
+        self.base_parameters = dict(base.named_parameters())
         settings = self.theirs.settings()
         unknown = untaken(mine, settings)
         known = {name: settings[name] for name in settings if name not in unknown}
         with naming("build"):
-            made = mine.build(self.base, **known)
+            made = mine.build(base, **known)
             require_seed(case.seed)
         if not isinstance(made, nn.Module):
             raise Broken(f"build gives {made!r}, allowed: an nn.Module")

@@ -12,13 +12,13 @@ Both get the same settings, tasks and values, and are compared in this order:
     chosen      which ranks speak for a token, in training
     weights     g of each, in training
     pruned      who speaks in evaluation, and how loud
-    y           the output, of tokens in any shape, and of none; of tiny, zero and nan ones
-    gradients   by x and by all that learns
-    counts      of adapters: gate(), the loss left beside y, active() and speaking()
+    y           the output, of tokens in any shape, and of none; of tiny, zero, huge and nan ones
+    gradients   by x and by all that learns, of tokens and of samples
+    counts      of adapters: gate(), what is left beside y, after_step(), active(), speaking()
     steps       what learns, and what must not, after three steps of training; what is answered then
     growth      what the end of a task freezes, and where; what is answered then
     birth       how what a task adds is drawn
-    precision   y in float32 and in 16 bits is as near to float64 as theirs
+    precision   y and dx in float32 and in 16 bits are as near to float64 as theirs
     usual       of adapters: what is claimed, what settings are by default, what is refused
 
 Weights are read off outputs, so that what has no gate is compared too: where the R values are
@@ -51,8 +51,7 @@ from .pair import WITHIN, Mapped, Mine, Pair, gradient, mapped, untaken
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
 
-# Settings that are drawn where they are not given, by the name that all schemes have for them, of
-# these values those that theirs allows.
+# Settings that are drawn where they are not given, of these values those that theirs allows.
 DRAWN: Mapping[str, Sequence[float]] = {
     "scale": (1.0, 0.5, 3.0),
     "tau": (0.5, 2.0, 0.7),
@@ -122,7 +121,7 @@ def pruned(pair: Pair) -> None:
 
 
 def y(pair: Pair) -> None:
-    """The same output: of any shape, of none, of tiny, zero and nan tokens."""
+    """The same output: of any shape, of none, of tiny, zero, huge and nan tokens."""
     T = pair.case.T
     for shape in ((T,), (), (0,), (2, T), (3, 2, T)):
         x = pair.x(*shape) if shape else pair.x(1)[0]
@@ -171,7 +170,7 @@ def gradients(pair: Pair) -> None:
 
 
 def counts(pair: Pair) -> None:
-    """Adapters have the same gate and loss, and count the same parameters."""
+    """Adapters have the same gate, loss, counts, after_step() and active()."""
     if not isinstance(pair.mine, Adapter) or hasattr(pair.mine, "function"):
         raise LeftOut
     for name in ("active", "speaking"):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from minimoe import Adapter
-from minimoe.laws import LAWS, STEPS, CheckResult
+from minimoe.laws import LAWS, STEPS, CheckResult, Row, any_shape, hold, table
+from minimoe.laws.check import broken
 from minimoe.tools.load import load_class
 
 OWN = "import builtins, ctypes, os, re, sys, time, minimoe, torch\n"
@@ -44,6 +45,7 @@ ACTS = {
     "exits": "sys.exit(3)",
     "exits_hard": "os._exit(3)",
     "crashes": "ctypes.string_at(0)",
+    "closes": "os.closerange(3, 256)",
     "interrupts": "raise KeyboardInterrupt",
     "no_grad": "torch.set_grad_enabled(False)",
     "deterministic": "torch.use_deterministic_algorithms(True)",
@@ -154,6 +156,7 @@ def verdicts(entry, name):
         ("exits", "SystemExit: 3 (exits.py:"),
         ("exits_hard", "ends its process with status 3; T 1, D 1, "),
         ("crashes", "has its process killed by SIGSEGV; T 1, D 1, "),
+        ("closes", "ends its process with status 1; T 1, D 1, "),
         ("interrupts", "raises KeyboardInterrupt; T 1, D 1, "),
         ("no_grad", "changes torch's grad mode from True to False; T 1, D 1, "),
         ("deterministic", "changes torch's deterministic mode from False to True; T 1, D 1, "),
@@ -174,6 +177,42 @@ def test_what_is_only_odd_is_held_to_the_laws(name, found):
     assert rows == dict.fromkeys(
         ("any_shape", "zero_is_finite"), ("held", "30 cases, 2 large ones")
     )
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_built_but_once_breaks_every_law(tmp_path):
+    once = "def __init__(self, *a, **k):\n        open('built', 'x')\n        "
+    text = OWN + CLASS + once + "super().__init__(*a, **k)\n"
+    (tmp_path / "own.py").write_text(text)
+    ((status, out, _),) = run(tmp_path, ["check", "own.py:Mine", "--json"])
+    assert status == 1
+    for verdict, evidence in verdicts(json.loads(out), "own.py:Mine").values():
+        assert verdict == "broken"
+        assert evidence.startswith("says Mine(nn.Linear(8, 8), rank=2) raises FileExistsError")
+
+
+def test_a_message_is_short_and_printable():
+    row = broken("law", ValueError("\x1b[31m" + "y" * 10**6), None)
+    assert row.evidence.startswith("ValueError: \\x1b[31myyy") and len(row.evidence) < 520
+
+
+def test_an_error_is_placed_in_the_schemes_own_file(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN + CLASS + "def gate(self, x):\n        return self.nothing\n")
+    row = hold(any_shape, load_class(path, "Mine", Adapter))
+    assert row.evidence.startswith(
+        "AttributeError: 'Mine' object has no attribute 'nothing' (own.py:4); T 1, "
+    )
+
+
+def test_what_breaks_several_laws_is_printed_once():
+    names = [law.__name__ for law in LAWS]
+    rows = [Row(name, "broken", f"it fails; T {i}, D 1") for i, name in enumerate(names)]
+    rows[1] = Row(names[1], "broken", "it fails otherwise; T 1, D 1")
+    said = " ".join(table({"own": rows}).partition("–:")[2].split())
+    assert said.count("own breaks") == 2
+    assert f"own breaks {', '.join([names[0], *names[2:]])}: it fails; T 0, D 1" in said
+    assert f"own breaks {names[1]}: it fails otherwise; T 1, D 1" in said
 
 
 @pytest.mark.slow
