@@ -1,11 +1,13 @@
-"""The rank-sparse products in Triton, for a GPU: one kernel sums weighted rows, one takes dots.
+"""The rank-sparse products in Triton, for a GPU: one kernel sums weighted rows, one takes dots; and
+one finds, in a single look over all scores of a token, the largest and the norm.
 
-Both read only the chosen rows, and sum in float32 (float64 for float64) in a fixed order: no
-atomics, so the same bits on every run. An index out of range reads nothing and adds nothing.
+The first two read only the chosen rows. All sum in float32 (float64 for float64) in a fixed order:
+no atomics, so the same bits on every run. An index out of range reads nothing and adds nothing.
 
-Axes as in sparse.py; N rows in source, S bags, P pairs (row, weight) in all.
+Axes as in sparse.py; N rows in source, S bags, P pairs (row, weight) in all; G neighbours.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 ROWS, COLUMNS = 16, 128  # read at once by one program
 CHUNK = 64  # pairs that one program of long_bag sums
+LONGEST = 16384  # ranks that one program of row_top holds in registers
 
 
 @triton.jit
@@ -53,6 +56,77 @@ def dots_kernel(
         block = tl.load(at, mask=here[:, None] & (o < O)[None, :], other=0).to(WIDE)
         total += tl.sum(block * tl.load(g + t * O + o, mask=o < O, other=0).to(WIDE)[None, :], 1)
     tl.store(out + t * K + k, total.to(out.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
+def keys_of(z, column, R, HALF: tl.constexpr):
+    """Integers in the order of z: nan first, then the largest, of equal ones the lower column; what
+    is beyond R last. The column is in the low bits, of 16 or of 32."""
+    if HALF:
+        bits = z.to(tl.int16, bitcast=True).to(tl.int32)
+        order = tl.where(bits < 0, (bits ^ 0x7FFF) + 1, bits)  # -0 is 0
+        order = tl.where(z.to(tl.float32) != z.to(tl.float32), 32767, order)
+        return tl.where(column < R, order * 65536 + (65535 - column), -2147483648)
+    else:
+        bits = z.to(tl.int32, bitcast=True)
+        order = tl.where(bits < 0, (bits ^ 0x7FFFFFFF) + 1, bits)
+        order = tl.where(z != z, 2147483647, order).to(tl.int64)
+        key = order * 4294967296 + (2147483647 - column)
+        return tl.where(column < R, key, -9223372036854775808)
+
+
+@triton.jit
+def row_kernel(
+    z, top, idx, sumsq, R, k,
+    HALF: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    LAST: tl.constexpr = 65535 if HALF else 2147483647
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, COLUMNS)
+    row = tl.load(z + t * R + c, mask=c < R, other=0)
+    wide = row.to(tl.float32)
+    tl.store(sumsq + t, tl.sum(wide * wide, 0))
+    # The k largest are in those k groups of neighbours whose own largest are the largest.
+    best = tl.max(tl.reshape(keys_of(row, c, R, HALF), [COLUMNS // G, G]), 1)
+    group = (LAST - (tl.topk(best, K) & LAST)).to(tl.int32) // G
+    c = tl.reshape(group[:, None] * G + tl.arange(0, G)[None, :], [K * G])
+    some = tl.load(z + t * R + c, mask=c < R, other=0)
+    c = (LAST - (tl.topk(keys_of(some, c, R, HALF), K) & LAST)).to(tl.int32)
+    j = tl.arange(0, K)
+    tl.store(idx + t * k + j, c, mask=j < k)
+    tl.store(top + t * k + j, tl.load(z + t * R + c, mask=j < k), mask=j < k)
+
+
+def row_top(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(top, idx, norm) of top, idx = z.topk(k) and norm = ‖z‖, for z (T, R) in float32 or 16 bits.
+
+    top (T, k) in descending order, idx (T, k) int32, norm (T, 1) float32. Of equal ones the lower
+    rank comes first, as in a stable sort; nan before all. None where a row is too long (`LONGEST`),
+    in float64, and where z is not contiguous.
+
+    A token costs 2 R FLOPs and some 4 R comparisons, and R numbers read from memory; K G of them
+    once more, from a cache. torch.topk alone reads them three times or more.
+    """
+    T, R = z.shape
+    half = z.dtype in (torch.float16, torch.bfloat16)
+    if R > LONGEST or not (half or z.dtype == torch.float32) or not z.is_contiguous():
+        return None
+    K = triton.next_power_of_2(k)
+    columns = triton.next_power_of_2(max(R, K))
+    G = min(triton.next_power_of_2(math.isqrt(columns // K)), columns // K)
+    top, idx = z.new_empty(T, k), torch.empty(T, k, dtype=torch.int32, device=z.device)
+    sumsq = torch.empty(T, 1, device=z.device)
+    if T:
+        row_kernel[(T,)](
+            z, top, idx, sumsq, R, k,
+            HALF=half, COLUMNS=columns, G=G, K=K, num_warps=warps_of(columns),
+        )  # fmt: skip
+    return top, idx, sumsq.sqrt()
+
+
+def warps_of(columns: int) -> int:
+    """Of 32 threads, for a row: 1024 numbers each."""
+    return min(max(columns // 1024, 1), 8)
 
 
 def bag(
