@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .claims import Claims
-from .sparse import is_plain, rank_scores, rank_sparse
+from .sparse import is_plain, rank_scores, rank_sparse, with_room
 from .tools.outgrown import outgrow, refuse_old_wrapper, refuse_shards
 from .wrapped import Wrapped
 
@@ -151,7 +151,7 @@ class Adapter(Wrapped):
         refuse_shards(self.B, self.where)
         for name, rows in self.fresh().items():
             outgrow(getattr(self, name), self, name)
-            setattr(self, f"frozen_{name}", self.rows(name).detach())
+            setattr(self, f"frozen_{name}", with_room(self.rows(name).detach(), len(rows)))
             setattr(self, name, rows if name in self.buffer_rows else nn.Parameter(rows))
         self.end_step()
 

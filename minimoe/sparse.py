@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
+from torch.utils.weak import WeakTensorKeyDictionary
 
 PATHS = ("auto", "plain", "dense", "gather", "compact", "triton")
 
@@ -68,6 +69,49 @@ TINY = torch.finfo(torch.float32).tiny  # the least norm to divide by
 def widened(z: Tensor) -> Tensor:
     """z in float32 at least: 16 bits lose small scores, and overflow in large norms."""
     return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+# Frozen rows, and what is kept of them from step to step: nothing of it is saved or a parameter.
+
+_ROOMS = WeakTensorKeyDictionary()  # by frozen rows: the memory they stand in, with room behind
+_GRAMS = WeakTensorKeyDictionary()  # by frozen rows F: Fᵀ F, and when it was made
+
+
+def with_room(frozen: Tensor, r: int) -> Tensor:
+    """A copy of frozen (F, ...), with room for r live rows behind it, where `joined` writes them:
+    so no step copies the frozen ones."""
+    room = frozen.new_empty(len(frozen) + r, *frozen.shape[1:])
+    rows = room.data[: len(frozen)]  # .data: what is written behind does not count as an edit
+    _ROOMS[rows.copy_(frozen)] = room
+    return rows
+
+
+@torch.no_grad()
+def joined(frozen: Tensor, live: Tensor) -> Tensor:
+    """frozen, then live, in one (R, D): to be used at once, as the next call may write there."""
+    room = None if torch.compiler.is_compiling() else _ROOMS.get(frozen)
+    fits = room is not None and len(room) == len(frozen) + len(live)
+    if room is None or not fits or room.data_ptr() != frozen.data_ptr():
+        return torch.cat([frozen, live])
+    room[len(frozen) :].copy_(live)
+    return room
+
+
+def gram(frozen: Tensor, live: Tensor) -> Tensor:
+    """Aᵀ A (D, D), A being frozen, then live; the frozen rows' part is made once for each task.
+
+    It is made anew where the rows are others, in another place, dtype or version, as after load, to
+    or any edit that torch counts. It does not see an edit through `.data` or NumPy."""
+    if torch.compiler.is_compiling() or frozen.is_inference():
+        A = torch.cat([frozen, live])
+        return A.T @ A
+    made = (frozen.data_ptr(), frozen._version, frozen.dtype)
+    kept = _GRAMS.get(frozen)
+    if kept is None or kept[1] != made:
+        wide = widened(frozen)
+        _GRAMS[frozen] = kept = (wide.T @ wide, made)
+    wide = widened(live)
+    return torch.addmm(kept[0], wide.T, wide).to(live.dtype)
 
 
 def rank_sparse(
@@ -187,7 +231,7 @@ class _TopScores(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, frozen: Tensor, live: Tensor, k: int, path: str, detach: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        A = torch.cat([frozen, live])
+        A = joined(frozen, live)
         (T, D), R = x.shape, len(A)
         z = x @ A.T
         found = _kernels().row_top(z, k) if path == "triton" else None
@@ -207,19 +251,19 @@ class _TopScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dtop: Tensor, _: Any, dnorm: Tensor) -> tuple[Tensor | None, ...]:
         x, frozen, live, idx, norm, z = ctx.saved_tensors
-        A, F = torch.cat([frozen, live]), len(frozen)
+        F, R = len(frozen), len(frozen) + len(live)
         if not ctx.detach:
             c = (dnorm / norm.clamp_min(TINY)).to(x.dtype)
         dx = None
         if z is not None:
             dz = (c * z).scatter_add_(1, idx, dtop)
-            dx = dz @ A if ctx.needs_input_grad[0] else None
+            dx = dz @ joined(frozen, live) if ctx.needs_input_grad[0] else None
             return dx, None, dz[:, F:].T @ x, None, None, None
         if ctx.needs_input_grad[0]:
             dx = spmm(idx, dtop, frozen, live, ctx.path)
             if not ctx.detach:
-                dx.addcmul_(c, x @ (A.T @ A))
-        dlive = spmm_t(idx, dtop, x, F, len(A), ctx.path)
+                dx.addcmul_(c, x @ gram(frozen, live))
+        dlive = spmm_t(idx, dtop, x, F, R, ctx.path)
         if not ctx.detach:
             dlive += (c * (x @ live.T)).T @ x
         return dx, None, dlive, None, None, None
@@ -306,7 +350,7 @@ def _operator(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], 
 @_operator(lambda idx, v, frozen, live, path: v.new_empty(v.shape[0], live.shape[1]))
 def _spmm(idx: Tensor, v: Tensor, frozen: Tensor, live: Tensor, path: str) -> Tensor:
     """y[t] = sum_k v[t, k] · B[idx[t, k]], (T, O)."""
-    B = torch.cat([frozen, live])
+    B = joined(frozen, live)
     path = _choose(path, "spmm", len(B), idx)
     if path == "compact":
         used, idx = _compact(idx, len(B))
@@ -323,7 +367,7 @@ def _spmm(idx: Tensor, v: Tensor, frozen: Tensor, live: Tensor, path: str) -> Te
 @_operator(lambda idx, g, frozen, live, path: g.new_empty(idx.shape))
 def _sddmm(idx: Tensor, g: Tensor, frozen: Tensor, live: Tensor, path: str) -> Tensor:
     """s[t, k] = g[t] · B[idx[t, k]], (T, K)."""
-    B = torch.cat([frozen, live])
+    B = joined(frozen, live)
     path = _choose(path, "sddmm", len(B), idx)
     if path == "compact":
         used, idx = _compact(idx, len(B))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .contextual import Contextual
+from .sparse import with_room
 
 
 def sizes(base: nn.Module) -> tuple[int, int]:
@@ -191,7 +192,8 @@ class Wrapped(Contextual):
             here, live = getattr(self, name), prefix + name.removeprefix("frozen_")
             rows = state_dict.setdefault(prefix + name, here[:0]) if live in state_dict else None
             if rows is not None and rows.shape[1:] == here.shape[1:]:
-                setattr(self, name, here.new_empty(rows.shape))
+                own_live = getattr(self, name.removeprefix("frozen_"))
+                setattr(self, name, with_room(here.new_empty(rows.shape), len(own_live)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _frozen(self) -> list[str]:
