@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .claims import Claims
-from .sparse import is_plain, rank_scores, rank_sparse, with_room
+from .frozen import with_room
+from .sparse import is_plain, rank_scores, rank_sparse
 from .tools.outgrown import outgrow, refuse_old_wrapper, refuse_shards
 from .wrapped import Wrapped
 
@@ -111,7 +112,7 @@ class Adapter(Wrapped):
         update = self.update(self.samples_first(self.cast(input)))
         y = self.call_base(input)
         update = self.samples_first(update, back=True).to(y.dtype)
-        if type(self).update is Adapter.update:  # a product that nobody else has
+        if type(self).update is Adapter.update and not update.requires_grad:
             return self.hold(update.add_(y))  # in place: one array of (..., O) less
         return self.hold(update + y)
 
@@ -182,14 +183,18 @@ class Adapter(Wrapped):
         ranks = torch.arange(self.block, device=x.device)
         idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
         z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
-        return Gate(idx, w.repeat_interleave(self.block, -1), z, loss)
+        return Gate(idx, self.of_ranks(w), z, loss)
+
+    def of_ranks(self, w: Tensor) -> Tensor:
+        """w (..., k) of experts, for each of their ranks: (..., k · block)."""
+        return w.unsqueeze(-1).expand(*w.shape, self.block).flatten(-2)
 
     # Sizes and settings
 
     @property
     def ranks(self) -> int:
         """R, frozen and live."""
-        return len(self.frozen_B) + len(self.B)
+        return self.frozen_B.shape[0] + self.B.shape[0]
 
     @property
     def block(self) -> int:

@@ -25,12 +25,12 @@ on x, no alpha / r lost where ranks freeze (their TRACE code). `detach_gate` is 
 
 from dataclasses import replace
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Gate, require
 from .claims import Claims
-from .sparse import TINY, is_plain, normalized_top_k, widened
+from .sparse import TINY, is_plain, top_scores, widened
 
 
 class MoRA(Adapter):
@@ -74,13 +74,12 @@ class MoRA(Adapter):
     def gate(self, x: Tensor) -> Gate:
         if is_plain(self.path, x, self.ranks):
             z = self.project(x, "A")  # (..., R)
-            s = F.normalize(widened(z), dim=-1, eps=TINY)  # eq. 5
-            s, idx = s.topk(self.kept)  # eq. 6, (..., k)
-            z = z.gather(-1, idx)
+            norm = torch.linalg.vector_norm(widened(z), dim=-1, keepdim=True)
+            z, idx = z.topk(self.kept)  # eq. 6, (..., k): the largest z have the largest s
         else:  # the same in one pass, which pays in large layers
-            s, idx, z = normalized_top_k(
-                x, self.frozen_A, self.A, self.kept, self.path, self.detach_gate
-            )
+            rows = self.frozen_A, self.A
+            z, idx, norm = top_scores(x, *rows, self.kept, self.path, self.detach_gate)
+        s = z / norm.clamp_min(TINY)  # eq. 5
         w = (s / self.tau).softmax(-1)  # eq. 7
         if not self.training:
             w = w * (s >= self.delta)  # eq. 8

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from .frozen import gram, joined
 
 PATHS = ("auto", "plain", "dense", "gather", "compact", "triton")
 
@@ -71,49 +72,6 @@ def widened(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-# Frozen rows, and what is kept of them from step to step: nothing of it is saved or a parameter.
-
-_ROOMS = WeakTensorKeyDictionary()  # by frozen rows: the memory they stand in, with room behind
-_GRAMS = WeakTensorKeyDictionary()  # by frozen rows F: Fᵀ F, and when it was made
-
-
-def with_room(frozen: Tensor, r: int) -> Tensor:
-    """A copy of frozen (F, ...), with room for r live rows behind it, where `joined` writes them:
-    so no step copies the frozen ones."""
-    room = frozen.new_empty(len(frozen) + r, *frozen.shape[1:])
-    rows = room.data[: len(frozen)]  # .data: what is written behind does not count as an edit
-    _ROOMS[rows.copy_(frozen)] = room
-    return rows
-
-
-@torch.no_grad()
-def joined(frozen: Tensor, live: Tensor) -> Tensor:
-    """frozen, then live, in one (R, D): to be used at once, as the next call may write there."""
-    room = None if torch.compiler.is_compiling() else _ROOMS.get(frozen)
-    fits = room is not None and len(room) == len(frozen) + len(live)
-    if room is None or not fits or room.data_ptr() != frozen.data_ptr():
-        return torch.cat([frozen, live])
-    room[len(frozen) :].copy_(live)
-    return room
-
-
-def gram(frozen: Tensor, live: Tensor) -> Tensor:
-    """Aᵀ A (D, D), A being frozen, then live; the frozen rows' part is made once for each task.
-
-    It is made anew where the rows are others, in another place, dtype or version, as after load, to
-    or any edit that torch counts. It does not see an edit through `.data` or NumPy."""
-    if torch.compiler.is_compiling() or frozen.is_inference():
-        A = torch.cat([frozen, live])
-        return A.T @ A
-    made = (frozen.data_ptr(), frozen._version, frozen.dtype)
-    kept = _GRAMS.get(frozen)
-    if kept is None or kept[1] != made:
-        wide = widened(frozen)
-        _GRAMS[frozen] = kept = (wide.T @ wide, made)
-    wide = widened(live)
-    return torch.addmm(kept[0], wide.T, wide).to(live.dtype)
-
-
 def rank_sparse(
     v: Tensor,
     idx: Tensor | None,
@@ -142,8 +100,9 @@ def rank_sparse(
     Raises ValueError, before any kernel runs, if a shape, device, dtype, path or index does not
     fit the others.
     """
-    K, F, R = v.shape[-1], len(frozen), len(frozen) + len(live)
     _check(frozen, live, path, v=v, idx=idx)
+    K, F = v.shape[-1], frozen.shape[0]
+    R = F + live.shape[0]
     if idx is None:
         if R != K:
             raise ValueError(f"v has {K} ranks, no idx, and there are {R}")
@@ -188,15 +147,6 @@ def rank_scores(
     return sddmm(flat, x.reshape(-1, x.shape[-1]), frozen, live, path).reshape(idx.shape)
 
 
-def normalized_top_k(
-    x: Tensor, frozen: Tensor, live: Tensor, k: int, path: str = "auto", detach: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, idx, z) of s, idx = F.normalize(z, dim=-1).topk(k) for z = x Aᵀ, and z at idx: by
-    `top_scores`. s is in float32 (float64 for float64). Args, shapes and errors as there."""
-    z, idx, norm = top_scores(x, frozen, live, k, path, detach)
-    return z / norm.clamp_min(TINY), idx, z
-
-
 def top_scores(
     x: Tensor, frozen: Tensor, live: Tensor, k: int, path: str = "auto", detach: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +156,7 @@ def top_scores(
     With c = (dloss/d‖z‖) / ‖z‖, one number per token,
 
         dx = spmm(idx, dtop, A) + c · z A            z A = x (Aᵀ A): (D, D), however many ranks
-        dA = spmm_t(idx, dtop, x) + (c · z)ᵀ x       for the live ranks only
+        dA = (H(idx, dtop) + c · z)ᵀ x               for the live ranks only
 
     so the exact gradient costs T·R·D or (T + R)·D·D, whichever is less, and in the second case z
     is not kept. With `detach` the norm has no gradient, and the backward reads only chosen ranks.
@@ -263,10 +213,10 @@ class _TopScores(torch.autograd.Function):
             dx = spmm(idx, dtop, frozen, live, ctx.path)
             if not ctx.detach:
                 dx.addcmul_(c, x @ gram(frozen, live))
-        dlive = spmm_t(idx, dtop, x, F, R, ctx.path)
-        if not ctx.detach:
-            dlive += (c * (x @ live.T)).T @ x
-        return dx, None, dlive, None, None, None
+        if ctx.detach:
+            return dx, None, spmm_t(idx, dtop, x, F, R, ctx.path), None, None, None
+        dz = _columns(idx, dtop, F, R).addcmul_(c, x @ live.T)  # of the live ranks, all tokens
+        return dx, None, dz.T @ x, None, None, None
 
 
 # The three products and their gradients: of each, the other two. All are flat: idx (T, K) int64 in
@@ -399,9 +349,7 @@ def _spmm_t(idx: Tensor, v: Tensor, g: Tensor, first: int, end: int, path: str) 
         rows = _spmm_t(idx, v, g, old, len(used), "dense")
         return g.new_zeros(end - first, g.shape[1]).index_copy_(0, used[old:] - first, rows)
     if path == "dense":
-        column = (idx - first).clamp_min(-1) + 1  # 0 for every rank before first, then dropped
-        h = v.new_zeros(len(v), end - first + 1).scatter_add_(1, column, v)
-        return h[:, 1:].T @ g
+        return _columns(idx, v, first, end).T @ g
     rank, pairs = idx.flatten().sort(stable=True)  # pair p is token p // K, slot p % K
     tokens, weights = pairs // idx.shape[1], v.flatten()[pairs]
     bounds = torch.searchsorted(rank, torch.arange(first, end + 1, device=rank.device))
@@ -409,6 +357,12 @@ def _spmm_t(idx: Tensor, v: Tensor, g: Tensor, first: int, end: int, path: str) 
         return _kernels().long_bag(tokens, weights, bounds, g)
     old = int(bounds[0])
     return _bag(tokens[old:], weights[old:], bounds[:-1] - old, g)
+
+
+def _columns(idx: Tensor, v: Tensor, first: int, end: int) -> Tensor:
+    """Columns first to end - 1 of H, (T, end - first)."""
+    column = (idx - first).clamp_min(-1) + 1  # 0 for every rank before first, then dropped
+    return v.new_zeros(len(v), end - first + 1).scatter_add_(1, column, v)[:, 1:]
 
 
 def _bag(rows: Tensor, weights: Tensor, starts: Tensor, source: Tensor) -> Tensor:
@@ -474,4 +428,4 @@ def _cast(live: Tensor, *tensors: Tensor) -> list[Tensor]:
     kind, dtype = live.device.type, live.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    return [tensor.to(dtype) for tensor in tensors]
+    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .contextual import Contextual
-from .sparse import with_room
+from .frozen import with_room
 
 
 def sizes(base: nn.Module) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "minimoe"
 # from the ground up; a room is a file or a folder of minimoe, "" the package itself
 FLOORS = [
-    {"tools"},
+    {"tools", "frozen"},
     {"sparse", "kernels", "claims"},
     {"contextual"},
     {"context", "wrapped"},

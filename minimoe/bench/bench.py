@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from ..context import context
 from ..continual.learn import AdapterLearner, pretrain, task_seed, train
 from ..continual.streams import Task, make
+from ..frozen import with_room
 from ..lora import LoRA
 from ..lora_moe import LoRAMoE
 from ..many import Many
@@ -193,7 +194,7 @@ def mora_layers(
     layers: dict[str, nn.Module] = {}
     for name, detach in (("mora", False), ("mora detached", True)):
         layer = MoRA(base, rank=LIVE, top_k=idx.shape[1], tau=0.1, detach_gate=detach)
-        layer.frozen_A, layer.frozen_B = A[:-LIVE].clone(), B[:-LIVE].clone()
+        layer.frozen_A, layer.frozen_B = (with_room(rows[:-LIVE], LIVE) for rows in (A, B))
         layer.A.data, layer.B.data = A[-LIVE:].clone(), B[-LIVE:].clone()
         layers[name] = layer
     # unequal shares, so that no two of a token's ranks tie

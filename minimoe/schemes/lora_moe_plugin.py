@@ -81,7 +81,7 @@ class LoRAMoEPlugin(Adapter):
             m = mask.reshape(len(label), mask.numel() // max(len(label), 1), 1)
             Q = (m * widened(w).reshape(*m.shape[:2], w.shape[-1])).sum(1)  # (samples, E)
             loss = self.balance * localized_balance(Q, label, self.delta, (m.sum((1, 2)) > 0).to(Q))
-        return Gate(None, w.repeat_interleave(self.block, -1), self.project(x, "A"), loss)
+        return Gate(None, self.of_ranks(w), self.project(x, "A"), loss)
 
     def active(self) -> int:
         D, O = self.in_features, self.out_features

@@ -78,7 +78,7 @@ class MoSLD(Adapter):
         ranks = torch.arange(self.block, device=x.device)
         idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
         z = F.linear(x, A).repeat(*[1] * (x.ndim - 1), top.shape[-1])  # the same for all experts
-        return Gate(idx, w.repeat_interleave(self.block, -1), z)
+        return Gate(idx, self.of_ranks(w), z)
 
     def active(self) -> int:
         D, O = self.in_features, self.out_features

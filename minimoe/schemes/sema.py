@@ -95,7 +95,7 @@ class SEMA(Adapter):
             eps = self.errors(m.detach())[..., -1]  # of the live descriptor
             n = sum_over_processes(weight.sum()).clamp_min(1)
             loss = sum_over_processes((weight * eps).sum()) / n
-        g = w.repeat_interleave(self.block, -1).expand(*x.shape[:-1], self.ranks)
+        g = self.of_ranks(w).expand(*x.shape[:-1], self.ranks)
         return Gate(None, g, self.project(x, "A"), loss)
 
     def errors(self, m: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+"""Frozen rows, and what is kept of them from step to step: they are constants within a task.
+
+    room     frozen rows stand in memory with room behind for the live ones: a step that wants all
+             rows in one matrix writes the live ones there, and copies no frozen one.
+    gram     the frozen rows' part of AᵀA, which the gradient through ‖x Aᵀ‖ needs (sparse.py).
+
+Neither is a parameter, and neither is in a state_dict. (`torch.save` writes a tensor with the
+memory that it stands in, so with its room; safetensors does not.) Rows that have no room, as after
+`.to` or a deepcopy, are right too: they are copied in each step, until the layer grows or loads.
+
+Axes: F frozen rows come first, r live ones last, R = F + r; D wide.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_ROOMS = WeakTensorKeyDictionary()  # by frozen rows: the memory they stand in, with room behind
+_GRAMS = WeakTensorKeyDictionary()  # by frozen rows F: Fᵀ F, and when it was made
+
+
+def with_room(frozen: Tensor, r: int) -> Tensor:
+    """A copy of frozen (F, ...), with room for r live rows behind it, where `joined` writes them:
+    so no step copies the frozen ones."""
+    room = frozen.new_empty(len(frozen) + r, *frozen.shape[1:])
+    rows = room.data[: len(frozen)]  # .data: what is written behind does not count as an edit
+    _ROOMS[rows.copy_(frozen)] = room
+    return rows
+
+
+@torch.no_grad()
+def joined(frozen: Tensor, live: Tensor) -> Tensor:
+    """frozen, then live, in one (R, D): to be used at once, as the next call may write there."""
+    F, r = len(frozen), len(live)
+    if not F:
+        return live.detach()
+    room = None if torch.compiler.is_compiling() else _ROOMS.get(frozen)
+    if room is None or len(room) != F + r or room.data_ptr() != frozen.data_ptr():
+        return torch.cat([frozen, live])
+    room[F:].copy_(live)
+    return room
+
+
+def gram(frozen: Tensor, live: Tensor) -> Tensor:
+    """Aᵀ A (D, D), A being frozen, then live; the frozen rows' part is made once for each task.
+
+    It is made anew where the rows are others, in another place, dtype or version, as after load, to
+    or any edit that torch counts. It does not see an edit through `.data` or NumPy."""
+    if torch.compiler.is_compiling() or frozen.is_inference():
+        A = torch.cat([frozen, live])
+        return A.T @ A
+    made = (frozen.data_ptr(), frozen._version, frozen.dtype)
+    kept = _GRAMS.get(frozen)
+    if kept is None or kept[1] != made:
+        rows = frozen.to(torch.promote_types(frozen.dtype, torch.float32))
+        _GRAMS[frozen] = kept = (rows.T @ rows, made)
+    rows = live.to(kept[0].dtype)
+    return torch.addmm(kept[0], rows.T, rows).to(live.dtype)
