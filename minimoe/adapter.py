@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .claims import Claims
 from .frozen import with_room
-from .sparse import is_plain, rank_scores, rank_sparse
+from .sparse import is_plain, plain, rank_scores, rank_sparse
 from .tools.outgrown import outgrow, refuse_old_wrapper, refuse_shards
 from .wrapped import Wrapped
 
@@ -101,7 +101,10 @@ class Adapter(Wrapped):
         """scale · (g ⊙ z) B (..., O) of x (..., D)."""
         idx, g, z, *beside = self.gate(x)
         self.leave(*beside)
-        return rank_sparse(self.scale * g * z, idx, self.frozen_B, self.B, self.path)
+        v = self.scale * g * z
+        if idx is not None and is_plain(self.path, x, self.ranks):
+            return plain(self.cast(v), idx, self.rows("B"))
+        return rank_sparse(v, idx, self.frozen_B, self.B, self.path)
 
     def forward(self, input: Tensor) -> Tensor:
         self.use.called, self.step.used = True, {}
@@ -182,8 +185,13 @@ class Adapter(Wrapped):
         """The gate that keeps whole blocks of ranks: expert (..., k) and their weights w."""
         ranks = torch.arange(self.block, device=x.device)
         idx = (expert.unsqueeze(-1) * self.block + ranks).flatten(-2)  # (..., K)
-        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
-        return Gate(idx, self.of_ranks(w), z, loss)
+        return Gate(idx, self.of_ranks(w), self.seen(x, idx), loss)
+
+    def seen(self, x: Tensor, idx: Tensor) -> Tensor:
+        """What the ranks idx (..., K) see of x (..., D): z = x Aᵀ at idx."""
+        if is_plain(self.path, x, self.ranks):
+            return self.project(x, "A").gather(-1, idx)
+        return rank_scores(x, idx, self.frozen_A, self.A, self.path)
 
     def of_ranks(self, w: Tensor) -> Tensor:
         """w (..., k) of experts, for each of their ranks: (..., k · block)."""

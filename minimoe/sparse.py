@@ -24,9 +24,12 @@ r live ones last, R = F + r. Frozen rows are constants: nothing here computes a 
 so a task's weight gradients cost the same after 100 tasks as after 1.
 """
 
+import functools
 import importlib.util
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,11 +48,37 @@ SMALL = {"cpu": 2**15, "cuda": 2**15}
 
 # `auto` leaves dense once there are this many rows per kept rank: R/K, and for spmm_t, which is
 # asked for live rows only, r/K. CPU: measured at T 4096, O 768, K 8 to 32, fp32, 2 threads.
-# CUDA: arithmetic for an H100 (T 4096, O 1024, bf16); nobody has measured it.
+# CUDA: arithmetic for an H100 (T 4096, O 1024, bf16); nobody has measured it. Where the environment
+# variable MINIMOE_BENCH names a bench.json, its numbers stand for these on a device of its kind.
 CROSSOVER = {
     "cpu": {"spmm": 2, "sddmm": 5, "spmm_t": 5},
     "cuda": {"spmm": 128, "sddmm": 128, "spmm_t": 128},
 }
+
+
+MEASURED = os.environ.get("MINIMOE_BENCH", "")
+
+
+def threshold(name: str, cuda: bool) -> int:
+    """What `auto` goes by on this kind of device: of SMALL ("small"), or a product's CROSSOVER."""
+    kind = "cuda" if cuda else "cpu"
+    if MEASURED and kind in (measured := _measured(MEASURED)):
+        return measured[kind][name]
+    return SMALL[kind] if name == "small" else CROSSOVER[kind][name]
+
+
+@functools.cache
+def _measured(path: str) -> dict[str, dict[str, int]]:
+    """{"cpu" or "cuda": its thresholds} of a bench.json. Raises ValueError if it is none."""
+    try:
+        entry = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = {name: int(entry["suggested"][name]) for name in ("small", *CROSSOVER["cpu"])}
+        return {"cpu" if entry["device"] == "cpu" else "cuda": found}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"MINIMOE_BENCH is {path!r} ({reason}), allowed: a bench.json of `minimoe bench`"
+        ) from error
 
 
 # whether torch.export runs: torch 2.6 does not say
@@ -59,8 +88,8 @@ exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: 
 def is_plain(path: str, x: Tensor, R: int) -> bool:
     """Whether products of tokens x (..., D) with R ranks are computed plainly. In torch.export auto
     is plain: a program is for all sizes, and may run where only torch's operators are known."""
-    small = SMALL["cuda" if x.is_cuda else "cpu"]
-    auto = path == "auto" and (exporting() or x.shape[:-1].numel() * R <= small)
+    small = path == "auto" and x.shape[:-1].numel() * R <= threshold("small", x.is_cuda)
+    auto = path == "auto" and (small or exporting())
     return auto or path == "plain"
 
 
@@ -115,10 +144,15 @@ def rank_sparse(
     idx = _ranks(idx, R, check)
     v, frozen, live = _cast(live, v, frozen, live)
     if is_plain(path, v, R):
-        H = v.new_zeros(*v.shape[:-1], R).scatter_add(-1, idx, v)
-        return H @ torch.cat([frozen.detach(), live])
+        return plain(v, idx, torch.cat([frozen.detach(), live]))
     y = spmm(idx.reshape(-1, K), v.reshape(-1, K), frozen, live, path)
     return y.reshape(*v.shape[:-1], live.shape[1])
+
+
+def plain(v: Tensor, idx: Tensor, B: Tensor) -> Tensor:
+    """y = H B (..., O), for autograd to see through: v (..., K) scattered into H (..., R)."""
+    H = v.new_zeros(*v.shape[:-1], len(B)).scatter_add(-1, idx, v)
+    return H @ B
 
 
 def rank_scores(
@@ -307,10 +341,10 @@ def _spmm(idx: Tensor, v: Tensor, frozen: Tensor, live: Tensor, path: str) -> Te
         B, path = B[used], "dense"
     if path == "dense":
         return v.new_zeros(len(v), len(B)).scatter_add_(1, idx, v) @ B
+    if path == "triton":
+        return _kernels().spmm(idx, v, B)
     T, K = idx.shape
     starts = torch.arange(T, device=v.device) * K
-    if path == "triton":
-        return _kernels().bag(idx.flatten(), v.flatten(), starts, starts + K, B)
     return _bag(idx.flatten(), v.flatten(), starts, B)
 
 
@@ -387,7 +421,7 @@ def _compact(idx: Tensor, R: int) -> tuple[Tensor, Tensor]:
 def _choose(path: str, product: str, rows: int, idx: Tensor) -> str:
     if path != "auto":
         return "dense" if path == "plain" else path
-    if rows < CROSSOVER["cuda" if idx.is_cuda else "cpu"][product] * idx.shape[1]:
+    if rows < threshold(product, idx.is_cuda) * idx.shape[1]:
         return "dense"
     return "triton" if idx.is_cuda and importlib.util.find_spec("triton") else "gather"
 

@@ -19,7 +19,8 @@ from minimoe import kernels
 
 
 def usage(kernel, types, folder, warps=4, **sizes):
-    """Registers, and bytes of local memory (spills), of one kernel as ptxas placed them.
+    """Registers, and bytes of local memory (spills), of one kernel as ptxas placed them; I64 says
+    whether any integer in it has 64 bits.
 
     Pointers and widths (R, O) are multiples of 16, as the JIT sees that they are in a model: then
     it reads 16 bytes at once, and that is other code."""
@@ -30,28 +31,39 @@ def usage(kernel, types, folder, warps=4, **sizes):
     source = ASTSource(kernel, signature, {places[n]: v for n, v in sizes.items()}, even)
     target, options = GPUTarget("cuda", 90, 32), {"num_warps": warps}
     cubin = Path(folder) / "kernel.cubin"
-    cubin.write_bytes(triton.compile(source, target=target, options=options).asm["cubin"])
+    made = triton.compile(source, target=target, options=options).asm
+    cubin.write_bytes(made["cubin"])
     dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     text = subprocess.check_output([dump, "--dump-resource-usage", cubin], text=True)
-    return {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+    use = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+    return use | {"I64": "i64" in made["ttir"]}
+
+
+def products(name, index, place, times):
+    """(kernel, types, sizes) of the three products: numbers, indices and places of those types."""
+    sizes = {"WIDE": tl.float64 if name == "fp64" else tl.float32, "PLACE": place}
+    strip = sizes | {"COLUMNS": times * kernels.COLUMNS}
+    numbers = dict.fromkeys(("v", "g", "weights", "source", "out"), f"*{name}")
+    types = numbers | dict.fromkeys(("idx", "rows", "starts", "ends"), f"*{index}")
+    yield kernels.spmm_kernel, types, strip | {"TOKENS": kernels.TOKENS}
+    yield kernels.bag_kernel, types, strip | {"ROWS": kernels.ROWS}
+    yield kernels.dots_kernel, types, sizes | {"STEP": times * kernels.STEP, "PAIRS": kernels.PAIRS}
 
 
 if __name__ == "__main__":
-    folder, columns = sys.argv[1], int(sys.argv[2])
+    folder, times = sys.argv[1], int(sys.argv[2])  # so many times the columns that are shipped
+    places = (("i32", tl.int32), ("i64", tl.int32), ("i64", tl.int64))
     found = {}
-    for name in ("fp32", "bf16", "fp16", "fp64"):
-        wide = tl.float64 if name == "fp64" else tl.float32
-        sizes = {"WIDE": wide, "ROWS": kernels.ROWS, "COLUMNS": columns or kernels.COLUMNS}
-        bag = dict.fromkeys(("weights", "source", "out"), f"*{name}")
-        bag |= dict.fromkeys(("rows", "starts", "ends"), "*i64")
-        dots = dict.fromkeys(("g", "source", "out"), f"*{name}") | {"idx": "*i64"}
-        found[f"bag {name}"] = usage(kernels.bag_kernel, bag, folder, **sizes)
-        found[f"dots {name}"] = usage(kernels.dots_kernel, dots, folder, **sizes)
-        if name == "fp64" or columns:
+    for name in ("fp32", "bf16", "fp16", "fp64") if times == 1 else ("bf16",):
+        for index, place in places if times == 1 else places[:1]:
+            for kernel, types, sizes in products(name, index, place, times):
+                which = f"{kernel.__name__}, {name}, idx {index}, places {place}"
+                found[which] = usage(kernel, types, folder, **sizes)
+        if name == "fp64" or times > 1:
             continue
         row = {"z": f"*{name}", "top": f"*{name}", "idx": "*i32", "sumsq": "*fp32"}
         for R, G in ((512, 8), (4096, 16), (kernels.LONGEST, 32)):
             sizes = {"HALF": name != "fp32", "COLUMNS": R, "G": G, "K": 16}
-            which = f"row {name}, R {R}"
+            which = f"row_kernel, {name}, R {R}"
             found[which] = usage(kernels.row_kernel, row, folder, kernels.warps_of(R), **sizes)
     print(json.dumps(found))

@@ -16,7 +16,7 @@ from minimoe.compare import restore
 from minimoe.continual.backbones import Backbone
 from minimoe.continual.streams import STREAMS
 from minimoe.laws import LAWS, says
-from minimoe.roster import ROSTER, entry_on, names
+from minimoe.roster import ROSTER, SCHEMES, entry_on, names
 from minimoe.tools import tables
 
 SMALL = ["--stream", "permuted-digits", "--tasks", "3", "--epochs", "2", "--rank", "4"]
@@ -430,7 +430,14 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
             }  # fmt: skip
     named = {part: {r["name"] for r in found["rows"] if r["part"] == part} for part, *_ in places}
     assert named["up-projection"] == {"dense", "plain", "gather", "compact", "auto"}
-    assert named["layer"] == {"limit", "dense-masked", "mora", "mora detached"}
+    layer = {"GEMMs", "GEMMs and top-k", "dense-masked", "mora", "mora detached"}
+    assert named["layer"] == layer
+    assert named["top-k"] == {"GEMM", "norm", "topk", "topk unsorted"}
+    assert named["sddmm"] == named["spmm_t"] == {"dense", "gather"}
+    assert named["small layers"] == {"plain", "dense", "gather"}
+    assert named["toy backbone"] == {"plain", *SCHEMES}
+    parts = {"base", "scoring", "top-k", "up", "gradients", "step", "dense-masked"}
+    assert named["growth"] == parts and (folder / "growth.png").stat().st_size > 10_000
     assert {"linear", "lora_moe"} < named["beside"]
     assert named["weight gradient"] == {"R 16", "R 128"}
     for T in (1, 16, 64):
@@ -438,12 +445,17 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
         assert f"| 8 adapters, T {T} |" in page
     for row in found["rows"]:
         assert row["ms"]["median"] > 0
-        if row["name"] in ("dense", "limit", "linear", "R 16", "loop"):
+    firsts = {"up-projection": "dense", "layer": "GEMMs", "beside": "linear", "growth": "base"}
+    for row in found["rows"]:
+        if row["name"] == firsts.get(row["part"]):
             assert row["ratio"] == {"median": 1.0, "iqr": 0.0}
+    assert found["complete"] and found["suggested"].keys() == {"spmm", "sddmm", "spmm_t", "small"}
+    assert all(row["error"] <= row["allowed"] for row in found["errors"])
     # 400 tokens of 128 ranks are more than `auto` computes plainly
     peaks = {r["name"]: r["peak"] for r in found["rows"] if "peak" in r and r["R"] == 128}
     assert peaks["mora detached"] <= peaks["mora"] < peaks["dense-masked"]
-    assert "layer, training; ratios to limit" in done.stdout
+    assert "layer, training; ratios to GEMMs" in done.stdout
+    assert "`auto` by these times: spmm " in done.stdout
     again = minimoe("bench", *small, "--out", "minimoe-bench", cwd=tmp_path)
     assert again.returncode == 2 and "holds a run already: another --out" in again.stderr
 

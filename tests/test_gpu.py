@@ -114,3 +114,52 @@ def test_a_wrong_index_is_named_when_asked_to_look():
         rank_sparse(v.cpu(), idx, frozen, live)
     with pytest.raises(ValueError, match="x is on cpu, live on cuda:0"):
         top_scores(torch.randn(5, 7), frozen, live, 3)
+
+
+@pytest.mark.parametrize("path", ["auto", "plain", "dense", "triton"])
+def test_a_step_is_captured_in_a_graph(path):
+    """So nothing in it waits for the device, and nothing that is kept between steps goes stale."""
+    layer = MoRA(nn.Linear(64, 48), rank=64, top_k=4, tau=0.1).cuda()
+    layer.path = path
+    for _ in range(3):
+        layer.grow()
+    layer.frozen_B.normal_()
+    x, dy = torch.randn(2000, 64, device="cuda"), torch.randn(2000, 48, device="cuda")
+    given = x.clone().requires_grad_()
+
+    def step():
+        y = layer(given)
+        return y, *torch.autograd.grad(y, [given, layer.A, layer.B], dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        given.copy_(torch.randn_like(x))
+        for weight in (layer.A, layer.B):
+            weight.normal_()
+    graph.replay()
+    for got, wanted in zip(captured, step(), strict=True):
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("R", "k"), [(17, 1), (512, 16), (1000, 7), (4096, 16), (16384, 16)])
+def test_the_row_pass_is_a_stable_sort(R, k, dtype):
+    from minimoe import kernels
+
+    z = torch.randn(4097, R, device="cuda").to(dtype)
+    z[0] = 0.5  # all equal
+    z[1, R // 2] = torch.nan
+    top, idx, norm = kernels.row_top(z, k)
+    order = z.nan_to_num(nan=torch.inf).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(idx.long(), order.indices[:, :k])
+    assert torch.equal(top, z.gather(1, idx.long())) or top.isnan().any()
+    wide = torch.linalg.vector_norm(z.double(), dim=1, keepdim=True)
+    assert torch.allclose(norm[2:].double(), wide[2:], rtol=1e-5) and norm[1].isnan()

@@ -1,6 +1,7 @@
 """The rank-sparse products: every path against loops and against one dense float64 reference."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -325,3 +326,29 @@ def test_autocast_computes_in_its_dtype_and_gradients_keep_theirs(path):
     assert v.grad.dtype == live.grad.dtype == torch.float32
     assert torch.equal(v.grad, half[0].grad.float())
     assert torch.equal(live.grad, half[2].grad.float())
+
+
+def test_auto_goes_by_a_bench_if_there_is_one(tmp_path, monkeypatch):
+    file = tmp_path / "bench.json"
+    numbers = {"small": 10, "spmm": 3, "sddmm": 4, "spmm_t": 5}
+    file.write_text(json.dumps({"device": "cpu", "suggested": numbers}))
+    monkeypatch.setattr(sparse, "MEASURED", str(file))
+    assert {name: sparse.threshold(name, False) for name in numbers} == numbers
+    assert sparse.threshold("spmm", True) == CROSSOVER["cuda"]["spmm"]  # of another device
+    assert sparse.is_plain("auto", torch.zeros(2, 7), 5)
+    assert not sparse.is_plain("auto", torch.zeros(2, 7), 6)
+    other = tmp_path / "gpu.json"
+    other.write_text(json.dumps({"device": "NVIDIA H200", "suggested": numbers}))
+    monkeypatch.setattr(sparse, "MEASURED", str(other))
+    assert {name: sparse.threshold(name, True) for name in numbers} == numbers
+    assert sparse.threshold("small", False) == sparse.SMALL["cpu"]
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"device": "cpu", "suggested": {}}'])
+def test_a_bench_that_is_none_is_named(text, tmp_path, monkeypatch):
+    file = tmp_path / "bench.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(sparse, "MEASURED", str(file))
+    with pytest.raises(ValueError, match=r"MINIMOE_BENCH is .*bench.json.*allowed: a bench.json"):
+        sparse.threshold("spmm", False)

@@ -3,27 +3,28 @@
     from minimoe.bench import bench, table
     print(table(bench(tokens=1024)))
 
-bench.py says what is timed, clock.py how, tables.py how it reads.
+bench.py says what is timed and in which order, contenders.py against what, routes.py with which
+ranks, clock.py how; errors.py what must hold before, tables.py how it reads.
 """
 
-from .bench import (
+from .bench import bench, suggested
+from .clock import Clock, Contenders, keep_freed_memory, rounds, spread
+from .contenders import (
     LIVE,
-    POOL,
-    ROUTINGS,
     DenseMasked,
     GroupedMoE,
     agreement,
-    bench,
     beside,
     layer_bytes,
-    make_routes,
     many_adapters,
     mora_layers,
-    record,
+    reference,
+    toy_backbone,
     up_bytes,
     up_projections,
 )
-from .clock import Clock, Contenders, keep_freed_memory, rounds, spread
+from .errors import errors
+from .routes import POOL, ROUTINGS, make_routes, record
 from .tables import from_json, page, read, table
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "agreement",
     "bench",
     "beside",
+    "errors",
     "from_json",
     "keep_freed_memory",
     "layer_bytes",
@@ -46,9 +48,12 @@ __all__ = [
     "page",
     "read",
     "record",
+    "reference",
     "rounds",
     "spread",
+    "suggested",
     "table",
+    "toy_backbone",
     "up_bytes",
     "up_projections",
 ]

@@ -24,6 +24,7 @@ Row = TypedDict(
         "part": str,
         "pass": str,
         "R": int,
+        "D": int,
         "routing": str,
         "name": str,
         "ms": Timing,
@@ -31,6 +32,14 @@ Row = TypedDict(
         "peak": NotRequired[float],
     },
 )
+
+
+class Error(TypedDict):
+    product: str
+    path: str
+    dtype: str
+    error: float
+    allowed: float
 
 
 class BenchResult(TypedDict):
@@ -53,6 +62,9 @@ class BenchResult(TypedDict):
     copy_bytes_per_s: float | None
     ranks_used: dict[str, int]
     planted_and_chosen: dict[str, float]
+    complete: bool
+    errors: list[Error]
+    suggested: dict[str, int]
     rows: list[Row]
 
 
@@ -63,20 +75,19 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def from_json(entry: Any) -> dict[str, Any]:
     """Raises ValueError, naming the place, if the entry is not what `bench` returned."""
-    result = dict(parse(BenchResult, entry))
-    if not any(row["part"] == "layer" for row in entry["rows"]):
-        raise ValueError("no row times a layer")
-    return result
+    return dict(parse(BenchResult, entry))
 
 
 # The columns of the page's table: their head, and which times they show.
 COLUMNS = {
     "up forward": ("up-projection", "forward", "auto"),
     "up step": ("up-projection", "training", "auto"),
-    "layer forward": ("layer", "forward", "mora"),
-    "layer step": ("layer", "training", "mora"),
+    "forward": ("layer", "forward", "mora"),
+    "GEMMs and top-k": ("layer", "forward", "GEMMs and top-k"),
+    "dense-masked": ("layer", "forward", "dense-masked"),
+    "step": ("layer", "training", "mora"),
+    "its GEMMs and top-k": ("layer", "training", "GEMMs and top-k"),
     "detached step": ("layer", "training", "mora detached"),
-    "dense-masked forward": ("layer", "forward", "dense-masked"),
     "dense-masked step": ("layer", "training", "dense-masked"),
 }
 
@@ -92,16 +103,18 @@ routing, {K} of R ranks kept per token. Ratios of times, each to its reference:
 
 - up forward, up step: the up-projection y = H B, each product by the path that `auto` picks, to the
   masked dense product.
-- layer forward, layer step: a whole MoRA layer, to `limit`, the products that an exact layer seems
-  to need: the base's, and one over all R keys to score; in a training step two of each, and the
-  live ranks' own. A step can do with less: the gradient through the norm is x (AᵀA), a product of
-  the width's size however many ranks there are. That pays where R is beyond about the width.
-- detached step: the same step with no gradient through the gate (`detach_gate`), to `limit`.
-- dense-masked forward, dense-masked step: the same layer written plainly, a mask and all ranks in
-  every product, to `limit`.
+- forward, step: a whole MoRA layer, to its GEMMs: the base's, and one over all R keys to score; in
+  a training step two of each, and the live ranks' own. They are a reference, no bound: the gradient
+  through the norm is x (AᵀA), a product of the width's size however many ranks there are, so where
+  R is beyond about the width a step does with less.
+- GEMMs and top-k: the same GEMMs, and torch.topk of all scores, which a forward pass cannot do
+  without.
+- detached step: the step with no gradient through the gate (`detach_gate`).
+- dense-masked: the same layer in plain autograd, a mask, and all ranks in every product; frozen
+  rows get no gradient.
 
 {ranks}
-{many}
+{toy}{growth}{many}
 All parts, routings and contenders. used: the ranks that some token chose; MiB: the memory that one
 call holds at most.
 
@@ -112,6 +125,21 @@ call holds at most.
 ![Time of each contender against the ranks in all]({picture})
 """
 
+
+TOY = """
+A training step of the network that `compare` trains, batch 64, after five tasks of 8 ranks, over a
+step of the plain one, all of whose weights learn:
+
+| {names} |
+|{rule}
+| {ratios} |
+"""
+
+GROWTH = """
+What a step of a MoRA layer costs as tasks of 16 ranks add up, by part, over the base's forward:
+
+![The parts of a step against the tasks so far]({picture})
+"""
 
 MANY = """
 Many adapters in one batch, forward: 64 sequences of T tokens, each answered by its own of 8 LoRAs
@@ -127,8 +155,14 @@ def table(result: dict[str, Any], width: int | None = None) -> str:
     for part in dict.fromkeys(row["part"] for row in result["rows"]):
         for which in ("forward", "training"):
             rows = [r for r in result["rows"] if (r["part"], r["pass"]) == (part, which)]
-            if rows:
-                lines += ["", *_grid(part, which, rows, result["ranks_used"], width)]
+            for D in dict.fromkeys(row["D"] for row in rows):
+                mine = [row for row in rows if row["D"] == D]
+                label = part if result["width"] == D else f"{part}, D = O = {D}"
+                lines += ["", *_grid(label, which, mine, result["ranks_used"], width)]
+    lines += ["", *_errors(result["errors"])]
+    if result["suggested"]:
+        each = ", ".join(f"{name} {value}" for name, value in result["suggested"].items())
+        lines += ["", f"`auto` by these times: {each}"]
     return "\n".join(lines)
 
 
@@ -168,19 +202,35 @@ def _grid(
     return [title, *aligned(grid, width, repeated, align=(str.rjust, str.rjust))]
 
 
+def _errors(errors: list[dict[str, Any]]) -> list[str]:
+    """What is worst in each dtype; and every path that is further off than allowed."""
+    lines = []
+    for dtype in dict.fromkeys(row["dtype"] for row in errors):
+        mine = [row for row in errors if row["dtype"] == dtype]
+        wrong = [f"{r['product']} {r['path']}" for r in mine if not r["error"] <= r["allowed"]]
+        worst = max(row["error"] for row in mine)
+        lines.append(
+            f"{dtype}: {len(mine)} products against float64, largest error {worst:.1e} of "
+            f"{mine[0]['allowed']:.1e} allowed" + (f"; WRONG: {', '.join(wrong)}" if wrong else "")
+        )
+    return lines
+
+
 def _digits(ratio: float) -> int:
     return 2 if ratio >= 0.1 else 3
 
 
-def page(result: dict[str, Any], command: str, picture: str) -> str:
-    """A bench result as a page in Markdown: the command, a table for reading, the full one, and
-    the picture, a file beside the page."""
+def page(result: dict[str, Any], command: str, picture: str, growth: str = "") -> str:
+    """A bench result as a page in Markdown: the command, tables for reading, the full one, and the
+    pictures, files beside the page. Raises ValueError if no row times a layer."""
     return PAGE.format(
         command=command,
         device=device_line(result),
         routing=_first_routing(result),
         K=result["top_k"],
         ranks="\n".join(ratios(result)),
+        toy=_toy(result),
+        growth=GROWTH.format(picture=growth) if growth else "",
         many=_many(result),
         table=table(result),
         picture=picture,
@@ -193,13 +243,25 @@ def ratios(result: dict[str, Any]) -> list[str]:
     cells = {
         (row["part"], row["pass"], row["name"], row["R"]): row["ratio"]["median"]
         for row in result["rows"]
-        if row["routing"] == routing
+        if (row["routing"], row["D"]) == (routing, result["width"])
     }
+    if not cells:
+        raise ValueError("no row times a layer")
     lines = [f"| R | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for R in sorted({R for part, _, _, R in cells if part == "layer"}):
         numbers = [_short(cells[*column, R]) for column in COLUMNS.values()]
         lines.append(f"| {R} | {' | '.join(numbers)} |")
     return lines
+
+
+def _toy(result: dict[str, Any]) -> str:
+    """The paragraph and the table of steps of the toy backbone."""
+    rows = [row for row in result["rows"] if row["part"] == "toy backbone"][1:]
+    names, numbers = (
+        " | ".join(each(row) for row in rows)
+        for each in (lambda row: row["name"], lambda row: _short(row["ratio"]["median"]))
+    )
+    return TOY.format(names=names, rule="---|" * len(rows), ratios=numbers) if rows else ""
 
 
 def _many(result: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
-from ..sparse import rank_scores, widened
+from ..sparse import widened
 from ..tools.parallel import sum_over_processes
 
 
@@ -77,7 +77,7 @@ class SMoRA(Adapter):
         total = top.sum(-1, keepdim=True)
         g = top.shape[-1] * top / total.where(total != 0, 1)  # 0 where all s are
         counts = chosen(idx, self.ranks, self.mask(x)) if self.training else None
-        z = rank_scores(x, idx, self.frozen_A, self.A, self.path)
+        z = self.seen(x, idx)
         return Gate(idx, g, z, counts=counts)
 
     def active(self) -> int:

@@ -108,9 +108,11 @@ def _shades(J: int) -> list[Any]:
 
 def plot_bench(result: Mapping[str, Any], path: Path) -> None:
     """bench.json as one figure. Above, the up-projection against dense; below, the whole layer
-    against its limit; forward on the left, a training step on the right. One routing, median over
+    against its GEMMs; forward on the left, a training step on the right. One routing, median over
     rounds, bars from quartile to quartile where they are longer than the mark."""
     routing = result["rows"][0]["routing"]
+    if not any(row["part"] == "layer" for row in result["rows"]):
+        raise ValueError("no row times a layer")
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     grid: Any = figure.subplots(2, 2, sharex=True, sharey="row")
     for (part, reference), line in zip(BENCH_ROWS, grid, strict=True):
@@ -119,6 +121,7 @@ def plot_bench(result: Mapping[str, Any], path: Path) -> None:
                 row
                 for row in result["rows"]
                 if (row["part"], row["pass"], row["routing"]) == (part, which, routing)
+                and row["D"] == result["width"]
             ]
             names = list(dict.fromkeys(row["name"] for row in rows))
             for i, name in enumerate(names):
@@ -157,7 +160,34 @@ def plot_bench(result: Mapping[str, Any], path: Path) -> None:
     _write(figure, path)
 
 
-BENCH_ROWS = (("up-projection", "dense"), ("layer", "limit"))
+def plot_growth(result: Mapping[str, Any], path: Path) -> None:
+    """bench.json's growth: what a step of a MoRA layer costs as tasks add up, part over part, as
+    multiples of the base's forward; and the whole step beside the parts' sum, and dense-masked."""
+    rows = [row for row in result["rows"] if row["part"] == "growth"]
+    ranks = sorted({row["R"] for row in rows})
+    ratio = {(row["R"], row["name"]): row["ratio"]["median"] for row in rows}
+    parts = ("base", "scoring", "top-k", "up", "gradients")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    tasks = [R / 16 for R in ranks]
+    heights = [[ratio[R, part] for R in ranks] for part in parts]
+    axes.stackplot(tasks, heights, labels=parts, colors=COLOURS, alpha=0.7)
+    for name, style in (("step", "-"), ("dense-masked", "--")):
+        line = [ratio[R, name] for R in ranks]
+        axes.plot(tasks, line, style, color="black", marker=".", label=name)
+    axes.set(xlabel="tasks so far, 16 ranks each", ylabel="time ÷ the base's forward")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize=9)
+    axes.set_title(
+        f"A step of a MoRA layer: {result['device']}, {result['dtype']}, T = {result['tokens']}, "
+        f"D = O = {result['width']}, K = {result['top_k']}",
+        fontsize=10,
+    )
+    _write(figure, path)
+
+
+BENCH_ROWS = (("up-projection", "dense"), ("layer", "its GEMMs"))
 BENCH_COLUMNS = (("forward", "forward"), ("training", "training step"))
 
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from minimoe import bench
 from minimoe.bench import LIVE, DenseMasked, GroupedMoE
 
+ODD = ((9, 3, 60, 33),)
 KIND = {"device": "cpu", "dtype": torch.float64}
 
 
@@ -35,6 +37,17 @@ def test_dense_masked_is_the_same_layer_as_mora(R):
     ):
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-10)
     assert isinstance(layers["dense-masked"], DenseMasked)
+
+
+def test_dense_masked_computes_no_gradient_of_frozen_rows():
+    idx = torch.rand(30, 200).topk(4)[1]
+    x, layers = bench.mora_layers(idx, 200, 32, KIND)
+    with FlopCounterMode(display=False) as counted:
+        layers["dense-masked"](x.requires_grad_()).sum().backward()
+    T, D, R = 30, 32, 200
+    scores, base, live = (2 * T * D * n for n in (R, D, LIVE))
+    # forward: the base, z, y; backward: x by the base, x by z, h, and live A and B
+    assert counted.get_total_flops() == 2 * base + 4 * scores + 2 * live
 
 
 def test_grouped_mm_is_the_same_layer_as_lora_moe():
@@ -147,6 +160,50 @@ def test_bytes_that_must_move_by_hand():
     assert moved["forward"] == 48 + 24 + 60 + 60
     # once more with dy for y; dv 6·4 and the live rows' gradients 16·5·4
     assert moved["training"] == 2 * 192 + 24 + LIVE * 20
+
+
+def row(part, R, name, ratio, ms=1.0):
+    place = {"part": part, "pass": "forward", "R": R, "D": 8, "routing": "random", "name": name}
+    return place | {"ratio": {"median": ratio, "iqr": 0.0}, "ms": {"median": ms, "iqr": 0.0}}
+
+
+def test_what_auto_should_do_by_hand():
+    up = [("up-projection", R, "gather", t) for R, t in ((64, 1.2), (128, 0.9), (256, 1.1))]
+    rows = [row(*each) for each in [*up, ("up-projection", 512, "gather", 0.5)]]
+    # 128 is no crossover: 256 is slower again; from 512 on it is faster, and K is 16
+    assert bench.suggested(rows, 16) == {"spmm": 512 // 16}
+    slow = [
+        row("sddmm", R, "gather", 2.0) for R in (64, 256)
+    ]  # never faster: beyond what was timed
+    assert bench.suggested(slow, 16) == {"sddmm": 2 * 256 // 16}
+    on_a_gpu = [row("spmm_t", 64, "gather", 2.0), row("spmm_t", 64, "triton", 0.5)]
+    assert bench.suggested(on_a_gpu, 16) == {"spmm_t": 64 // 16}
+    times = {64: (1.0, 2.0), 256: (1.0, 1.1), 1024: (1.0, 0.9), 4096: (1.0, 1.5)}
+    small = [
+        row("small layers", R, name, 1.0, ms)
+        for R, both in times.items()
+        for name, ms in zip(("plain", "gather"), both, strict=True)
+    ]
+    assert bench.suggested(small, 16) == {"small": 64 * 256}  # at 1024 gather is faster
+
+
+@pytest.mark.parametrize("wrong", ["rank_sparse", "rank_scores", "top_scores"])
+def test_a_wrong_product_is_seen_before_anything_is_timed(wrong, monkeypatch):
+    right = getattr(bench.errors.__globals__["sparse"], wrong)
+
+    def slightly_off(*args):
+        out = right(*args)
+        return (
+            tuple(t * (1 + 1e-3) if t.is_floating_point() else t for t in out)
+            if isinstance(out, tuple)
+            else out * (1 + 1e-3)
+        )
+
+    assert all(row["error"] <= row["allowed"] for row in bench.errors("cpu", ODD))
+    monkeypatch.setattr(bench.errors.__globals__["sparse"], wrong, slightly_off)
+    rows = bench.errors("cpu", ODD)
+    off = {r["product"] for r in rows if r["dtype"] == "float32" and r["error"] > r["allowed"]}
+    assert off == {wrong}
 
 
 def test_settings_out_of_range_are_named():
