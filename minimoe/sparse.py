@@ -42,8 +42,8 @@ from .frozen import gram, joined
 PATHS = ("auto", "plain", "dense", "gather", "compact", "triton")
 
 # `auto` is plain up to so many tokens times ranks. CPU: measured, a step of MoRA and of LoRA-MoE at
-# D = O = 64 to 768, T 64 to 4096, one thread: up to 2^14 plain takes .56 to .97 of the others'
-# time, at 2^16 .69 to 1.39, beyond that it loses. CUDA: nobody has measured it.
+# D = O = 64 to 768, T 64 to 4096, one thread: at 2^14 plain takes .53 to 1.06 of the others' time,
+# at 2^15 .59 to 1.28, at 2^16 .67 to 1.85. CUDA: nobody has measured it.
 SMALL = {"cpu": 2**15, "cuda": 2**15}
 
 # `auto` leaves dense once there are this many rows per kept rank: R/K, and for spmm_t, which is
@@ -51,8 +51,8 @@ SMALL = {"cpu": 2**15, "cuda": 2**15}
 # CUDA: arithmetic for an H100 (T 4096, O 1024, bf16); nobody has measured it. Where the environment
 # variable MINIMOE_BENCH names a bench.json, its numbers stand for these on a device of its kind.
 CROSSOVER = {
-    "cpu": {"spmm": 2, "sddmm": 5, "spmm_t": 5},
-    "cuda": {"spmm": 128, "sddmm": 128, "spmm_t": 128},
+    "cpu": {"spmm": 2, "sddmm": 5, "spmm_t": 14},
+    "cuda": {"spmm": 72, "sddmm": 72, "spmm_t": 128},
 }
 
 
@@ -384,9 +384,11 @@ def _spmm_t(idx: Tensor, v: Tensor, g: Tensor, first: int, end: int, path: str) 
         return g.new_zeros(end - first, g.shape[1]).index_copy_(0, used[old:] - first, rows)
     if path == "dense":
         return _columns(idx, v, first, end).T @ g
-    rank, pairs = idx.flatten().sort(stable=True)  # pair p is token p // K, slot p % K
+    key = idx.flatten().clamp(-1, end).int()  # half the bytes to sort
+    rank, pairs = key.sort(stable=True)  # pair p is token p // K, slot p % K
     tokens, weights = pairs // idx.shape[1], v.flatten()[pairs]
-    bounds = torch.searchsorted(rank, torch.arange(first, end + 1, device=rank.device))
+    ranks = torch.arange(first, end + 1, device=rank.device, dtype=rank.dtype)
+    bounds = torch.searchsorted(rank, ranks)
     if path == "triton":
         return _kernels().long_bag(tokens, weights, bounds, g)
     old = int(bounds[0])
