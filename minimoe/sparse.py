@@ -151,7 +151,7 @@ def rank_sparse(
 
 def plain(v: Tensor, idx: Tensor, B: Tensor) -> Tensor:
     """y = H B (..., O), for autograd to see through: v (..., K) scattered into H (..., R)."""
-    H = v.new_zeros(*v.shape[:-1], len(B)).scatter_add(-1, idx, v)
+    H = v.new_zeros(*v.shape[:-1], len(B)).scatter_add(-1, idx.long(), v)
     return H @ B
 
 

@@ -411,7 +411,8 @@ def test_a_diverging_run_is_named_and_fails_with_status_1(tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
+def test_bench_times_every_part_and_writes_json_and_picture(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     small = ["--ranks", 16, 128, "--tokens", 400, "--width", 32, "--top-k", 4, "--repeats", 2]
     done = minimoe("bench", *small, "--threads", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -458,6 +459,31 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path):
     assert "`auto` by these times: spmm " in done.stdout
     again = minimoe("bench", *small, "--out", "minimoe-bench", cwd=tmp_path)
     assert again.returncode == 2 and "holds a run already: another --out" in again.stderr
+
+
+@pytest.mark.slow
+def test_bench_of_a_device_runs_whole_in_tritons_interpreter(tmp_path):
+    """What `--device cuda` runs, but for the device's own clock."""
+    pytest.importorskip("triton", reason="triton is not installed (Linux only)")
+    small = ["--ranks", 16, 128, "--tokens", 9, "--width", 16, 24, "--top-k", 4, "--repeats", 1]
+    small += ["--routing", "random", "--dtype", "bfloat16"]
+    done = minimoe("bench", *small, "--threads", 1, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "run" / "bench.json").read_text())
+    for part in ("up-projection", "sddmm", "spmm_t", "small layers"):
+        assert "triton" in {row["name"] for row in found["rows"] if row["part"] == part}, part
+    names = {row["name"] for row in found["rows"] if row["part"] == "top-k"}
+    assert "row pass" in names and any("groups of" in name for name in names)
+    assert {row["D"] for row in found["rows"] if row["part"] == "layer"} == {16, 24}
+    paths = {row["path"] for row in found["errors"]}
+    assert paths == {"plain", "dense", "gather", "compact", "triton"}
+    # and auto goes by what it suggests
+    environment = {**os.environ, "MINIMOE_BENCH": str(tmp_path / "run" / "bench.json")}
+    ask = "from minimoe.sparse import threshold; print(threshold('sddmm', False))"
+    asked = subprocess.run(
+        [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(asked.stdout) == found["suggested"]["sddmm"]
 
 
 @pytest.mark.slow

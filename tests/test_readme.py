@@ -320,3 +320,38 @@ def test_what_is_named_is_there():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:minimoe|tests|tutorials)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_what_readme_says_of_speed_is_what_bench_found():
+    result = bench.read(ROOT / "tutorials" / "results" / "bench-cpu.json")
+    ratio = {
+        (row["pass"], row["name"], row["R"]): row["ratio"]["median"]
+        for row in result["rows"]
+        if (row["part"], row["routing"]) == ("layer", "random")
+    }
+    ranks = sorted({R for *_, R in ratio})
+
+    def said(which, name, less=0, between=", ", at=ranks):
+        return between.join(f"{ratio[which, name, R] - less:.2f}".lstrip("0") for R in at)
+
+    words = " ".join(README.split())
+    mora = [said(which, "mora") for which in ("forward", "training")]
+    ends = {"between": " to ", "at": (ranks[0], ranks[-1])}
+    mask = [said(which, "dense-masked", **ends) for which in ("forward", "training")]
+    top_k = said("forward", "GEMMs and top-k", 1)
+    at = ", ".join(map(str, ranks))
+    assert f"takes {mora[0]} forward at R {at}, of which torch's top k is {top_k}, and" in words
+    assert f"a step {mora[1]}; a mask in plain autograd {mask[0]} and {mask[1]}." in words
+    where = f"T {result['tokens']}, D = O {result['width']}, K {result['top_k']}"
+    assert f"(two CPU threads, {where})" in words
+    assert result["threads"] == 2 and result["complete"]
+    # "nothing is gained": within a tenth of the mask
+    for which in ("forward", "training"):
+        assert ratio[which, "dense-masked", 64] < 1.1 * ratio[which, "mora", 64]
+
+
+def test_readme_says_whether_a_gpu_was_measured():
+    files = (ROOT / "tutorials" / "results").glob("bench-*.json")
+    devices = {json.loads(path.read_text(encoding="utf-8"))["device"] for path in files}
+    said = "For a GPU, where `auto` leaves dense is arithmetic, not measured yet"
+    assert (said in " ".join(README.split())) == (devices == {"cpu"})

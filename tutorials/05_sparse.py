@@ -115,15 +115,51 @@ values = torch.tensor([[1.0, 2.0, 0.0]], **wide)
 assert close(rank_sparse(values, twice, frozen, live, "gather"), 3 * B[7:8])
 
 # %% [markdown]
-# Triton compiles Python functions to GPU kernels. This one is all of `sddmm`, the second product of
-# the next section: a program takes one token and some of its ranks, and walks over the columns in
-# blocks. Without a GPU, Triton's interpreter runs the same source on the CPU: slow, and the same
-# sums. `TRITON_INTERPRET` must be set before triton is imported: it gets a process of its own.
+# ## The same product on a GPU, in tiles
+#
+# Triton compiles Python functions to GPU kernels. A kernel is written for one *program*, and
+# thousands of programs run side by side. Each computes one *tile* of the output, here a few tokens
+# and a few columns, and nobody else writes there: so nothing has to be locked, and the sums have
+# one order. A tile has a fixed size; where it hangs over the edge it is *masked*, that is, cut off.
+# With tensors of torch in place of Triton's, one program after another:
+
+# %%
+TOKENS, COLUMNS = 5, 12  # of a tile; 48 tokens and 32 columns are no multiples of these
+
+
+def program(i, j):
+    """The tile of y in place (i, j) of the grid."""
+    t = i * TOKENS + torch.arange(TOKENS, device=device)
+    o = j * COLUMNS + torch.arange(COLUMNS, device=device)
+    t, o = t[t < T], o[o < O]  # masked
+    total = torch.zeros(len(t), len(o), **wide)
+    for k in range(K):
+        row = idx[t, k]  # one row of B for each token of the tile
+        total += v[t, k, None] * B[row[:, None], o[None, :]]
+    tiles[t[:, None], o[None, :]] = total
+
+
+tiles = torch.full_like(y, torch.nan)
+for j in range(-(-O // COLUMNS)):  # a strip of columns at a time: its part of B stays in a cache
+    for i in range(-(-T // TOKENS)):
+        program(i, j)
+assert close(tiles, y)
+
+# %% [markdown]
+# This is the kernel, all of it, with what it computes and moves in its docstring. In place of
+# `idx[t, k]` stands an address, `idx + t * K + k`: `tl.load` reads there, unless the mask says no,
+# and `tl.store` writes. A rank that B does not have is masked too.
 
 # %%
 source = Path(minimoe.__file__).with_name("kernels.py").read_text(encoding="utf-8")
-start = source.index("@triton.jit\ndef dots_kernel")
+start = source.index("@triton.jit\ndef spmm_kernel")
 print(source[start : source.index("\n\n\n", start)])
+
+# %% [markdown]
+# `dots_kernel` beside it is `sddmm`, the second product of the next section; `row_kernel` finds in
+# one look over a token's scores the k largest and the norm, which torch does in several. Without a
+# GPU, Triton's interpreter runs the same source on the CPU: slow, and the same sums.
+# `TRITON_INTERPRET` must be set before triton is imported: it gets a process of its own.
 
 # %%
 TRY = """
@@ -451,7 +487,9 @@ if device == "cpu":
 # %% [markdown]
 # In larger layers each of the three products chooses by itself, at a number of rows per kept rank
 # that was measured on a CPU and, for a GPU, only worked out (an H100's GEMM is so fast that
-# skipping has to save a factor of a hundred). `spmm_t` counts live rows only.
+# skipping has to save a factor of seventy). `spmm_t` counts live rows only. On a device of your own
+# `minimoe bench --device cuda` measures these numbers, and the environment variable `MINIMOE_BENCH`
+# makes `auto` go by them.
 
 # %%
 print(CROSSOVER)
@@ -496,7 +534,8 @@ for R in (16, 256, 4096, 2**20):
 #
 # and the bracket on the right is the trick of `top_scores`, which MoRA's gate calls unless it is
 # plain: AᵀA is (D, D) whatever R is. It costs (T + R)·D·D instead of T·R·D, and z itself need not
-# be kept. It is the exact gradient.
+# be kept. It is the exact gradient. The frozen rows' part of AᵀA is the same in all steps of a
+# task, and is kept: a step costs (T + r)·D·D then, for r live rows.
 
 # %%
 T, D, R, K = 200, 24, 96, 4  # (T + R)·D·D < T·R·D: the bracket is used
@@ -596,11 +635,10 @@ plt.show()
 
 for (name, which, R), times in cost.items():
     assert times > 1, (name, which, R)  # at every R, of either kind
-for R in RANKS:  # in memory the mask is no worse up to R = 256, and then much worse
-    mask, mora = MiB["dense-masked", "training", R], MiB["mora", "training", R]
-    assert (mask <= mora) == (R <= 256)
-assert MiB["dense-masked", "training", 4096] > 3 * MiB["mora", "training", 4096]
-# at the largest R: under 2 x forward, as counted; 3 x in a step, by the bracket
+for R in RANKS:  # in memory the mask is worse, among many ranks much worse
+    assert MiB["dense-masked", "training", R] > MiB["mora", "training", R]
+assert MiB["dense-masked", "training", 4096] > 5 * MiB["mora", "training", 4096]
+# at the largest R: under 2 x forward, as counted; more in a step, by the bracket
 assert 1.4 < cost["dense-masked", "forward", 4096] / cost["mora", "forward", 4096] < 2
 assert cost["dense-masked", "training", 4096] / cost["mora", "training", 4096] > 2.5
 # at 64 ranks next to nothing; at 256 some
@@ -616,11 +654,39 @@ late = row("weight gradient", "training", 16, "R 4096")["ratio"]["median"]
 assert 0.8 < late < 1.2
 
 # %% [markdown]
+# And as tasks add up, 16 ranks each: what a step is made of. *Gradients* is the whole backward
+# pass, the base's too. What grows is the scoring, which no gate that scores itself can skip,
+# torch's top k beside it, and up to R of about the width the gradient through the norm. The
+# up-projection hardly grows: K rows of B a token, however many there are.
+
+# %%
+growth = {
+    (r["R"] // 16, r["name"]): r["ratio"]["median"] for r in bench["rows"] if r["part"] == "growth"
+}
+tasks = sorted({n for n, _ in growth})
+parts = ("base", "scoring", "top-k", "up", "gradients")
+figure, axes = plt.subplots(figsize=(7, 3.2))
+heights = [[growth[n, part] for n in tasks] for part in parts]
+axes.stackplot(tasks, heights, labels=parts, colors=COLOURS, alpha=0.7)
+for name, style in (("step", "-"), ("dense-masked", "--")):
+    line = [growth[n, name] for n in tasks]
+    axes.plot(tasks, line, style, color="black", marker=".", label=name)
+axes.set(xlabel="tasks so far, 16 ranks each", ylabel="time ÷ the base's forward")
+axes.set_title("A step among 100 tasks: scoring and top k grow, what speaks does not", fontsize=11)
+axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+axes.grid(alpha=0.3)
+plt.show()
+
+more = {part: growth[100, part] - growth[1, part] for part in (*parts, "dense-masked")}
+assert more["up"] < 0.3 * more["scoring"] and more["top-k"] > more["up"]
+assert growth[100, "step"] < 0.7 * growth[100, "dense-masked"]
+
+# %% [markdown]
 # So, on a CPU, in layers that are not small: the sparse product alone pays from R of about 2 K on,
-# 5 K in the backward. A layer around it saves at most half of its forward pass. At 64 ranks a
-# masked layer is as good, and simpler; at 256 it is somewhat slower and holds no more memory; among
-# thousands it is hopeless.
-# For a GPU the crossover is arithmetic so far, not measurement: dense up to R/K of about a hundred.
+# 5 K and 14 K in the backward. A layer around it saves at most half of its forward pass, and after
+# the GEMMs torch's top k is what it waits for. At 64 ranks a masked layer is as fast, and simpler;
+# among thousands it is hopeless.
+# For a GPU the crossover is arithmetic so far, not measurement: dense up to R/K of about seventy.
 #
 # ## Exercises
 #

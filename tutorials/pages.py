@@ -41,7 +41,9 @@ def pages() -> dict[Path, str]:
         result = CompareResult.read(HERE / "results" / f"{name}.json")
         made[HERE / "results" / f"{name}.md"] = compare_page(result, command, pictures)
     bench = read_bench(HERE / "results" / "bench-cpu.json")
-    made[HERE / "results" / "bench-cpu.md"] = bench_page(bench, BENCH, "bench-cpu.png")
+    made[HERE / "results" / "bench-cpu.md"] = bench_page(
+        bench, BENCH, "bench-cpu.png", "growth.png"
+    )
     made[HERE / "findings" / "findings.md"] = findings(study_results())
     both = [stored(HERE / "findings", name) for name in ("memory", "why")]
     made[HERE / "findings" / "self-activation.md"] = answer.page(*both)

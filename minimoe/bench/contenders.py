@@ -79,7 +79,7 @@ def passes_over_scores(
             found["row pass"] = call(kernels.row_top, z, K)
         if variants and "row pass" in found:
             for warps, G in itertools.product((1, 2, 4, 8), (4, 8, 16, 32)):
-                if warps * 256 <= R <= warps * 8192 and G * K <= R <= G * G * K * 4:
+                if warps * 256 <= R <= warps * 8192 and R / 4 <= G * G * K <= R * 4:
                     name = f"row pass, {warps} warps, groups of {G}"
                     found[name] = call(kernels.row_top, z, K, warps, G)
     return found

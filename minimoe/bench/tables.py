@@ -136,7 +136,8 @@ step of the plain one, all of whose weights learn:
 """
 
 GROWTH = """
-What a step of a MoRA layer costs as tasks of 16 ranks add up, by part, over the base's forward:
+What a step of a MoRA layer costs as tasks of 16 ranks add up, by part, over the base's forward
+(gradients: the whole backward pass, the base's too):
 
 ![The parts of a step against the tasks so far]({picture})
 """

@@ -142,7 +142,7 @@ def plot_bench(result: Mapping[str, Any], path: Path) -> None:
                 axes.set_yscale("log")
             axes.set_title(f"{part}, {words}")
             axes.grid(alpha=0.3)
-        line[0].set_ylabel(f"time ÷ {reference}'s")
+        line[0].set_ylabel(f"time ÷ {reference}")
         line[1].legend(fontsize=9)
     for axes in grid.flatten():
         ticks = sorted({row["R"] for row in result["rows"] if row["part"] == "layer"})
@@ -187,7 +187,7 @@ def plot_growth(result: Mapping[str, Any], path: Path) -> None:
     _write(figure, path)
 
 
-BENCH_ROWS = (("up-projection", "dense"), ("layer", "its GEMMs"))
+BENCH_ROWS = (("up-projection", "dense's"), ("layer", "its GEMMs'"))
 BENCH_COLUMNS = (("forward", "forward"), ("training", "training step"))
 
 
