@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .claims import Claims
 from .frozen import with_room
-from .sparse import is_plain, plain, rank_scores, rank_sparse
+from .sparse import at, is_plain, plain, rank_scores, rank_sparse
 from .tools.outgrown import outgrow, refuse_old_wrapper, refuse_shards
 from .wrapped import Wrapped
 
@@ -190,7 +190,7 @@ class Adapter(Wrapped):
     def seen(self, x: Tensor, idx: Tensor) -> Tensor:
         """What the ranks idx (..., K) see of x (..., D): z = x Aᵀ at idx."""
         if is_plain(self.path, x, self.ranks):
-            return self.project(x, "A").gather(-1, idx)
+            return at(self.project(x, "A"), idx)
         return rank_scores(x, idx, self.frozen_A, self.A, self.path)
 
     def of_ranks(self, w: Tensor) -> Tensor:

@@ -4,8 +4,7 @@
              rows in one matrix writes the live ones there, and copies no frozen one.
     gram     the frozen rows' part of AᵀA, which the gradient through ‖x Aᵀ‖ needs (sparse.py).
 
-Neither is a parameter, and neither is in a state_dict. (`torch.save` writes a tensor with the
-memory that it stands in, so with its room; safetensors does not.) Rows that have no room, as after
+Neither is a parameter, and neither is in a state_dict or a file. Rows that have no room, as after
 `.to` or a deepcopy, are right too: they are copied in each step, until the layer grows or loads.
 
 Axes: F frozen rows come first, r live ones last, R = F + r; D wide.
@@ -13,6 +12,7 @@ Axes: F frozen rows come first, r live ones last, R = F + r; D wide.
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _ROOMS = WeakTensorKeyDictionary()  # by frozen rows: the memory they stand in, with room behind
@@ -22,9 +22,15 @@ _GRAMS = WeakTensorKeyDictionary()  # by frozen rows F: Fᵀ F, and when it was 
 def with_room(frozen: Tensor, r: int) -> Tensor:
     """A copy of frozen (F, ...), with room for r live rows behind it, where `joined` writes them:
     so no step copies the frozen ones."""
-    room = frozen.new_empty(len(frozen) + r, *frozen.shape[1:])
-    rows = room.data[: len(frozen)]  # .data: what is written behind does not count as an edit
-    _ROOMS[rows.copy_(frozen)] = room
+    if type(frozen) is not Tensor or frozen.device.type not in ("cpu", "cuda"):  # fake, meta, ...
+        return frozen.clone()
+    F = len(frozen)
+    room = frozen.new_empty(F + r, *frozen.shape[1:])
+    room[:F] = frozen
+    # As a tensor of its own on that memory, so that what is saved, copied or shared ends with it,
+    # and what is written behind it is no edit of it.
+    rows = from_dlpack(room[:F])
+    _ROOMS[rows] = room
     return rows
 
 

@@ -88,9 +88,9 @@ exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: 
 def is_plain(path: str, x: Tensor, R: int) -> bool:
     """Whether products of tokens x (..., D) with R ranks are computed plainly. In torch.export auto
     is plain: a program is for all sizes, and may run where only torch's operators are known."""
-    small = path == "auto" and x.shape[:-1].numel() * R <= threshold("small", x.is_cuda)
-    auto = path == "auto" and (small or exporting())
-    return auto or path == "plain"
+    if path != "auto":
+        return path == "plain"
+    return exporting() or x.shape[:-1].numel() * R <= threshold("small", x.is_cuda)
 
 
 TINY = torch.finfo(torch.float32).tiny  # the least norm to divide by
@@ -150,9 +150,23 @@ def rank_sparse(
 
 
 def plain(v: Tensor, idx: Tensor, B: Tensor) -> Tensor:
-    """y = H B (..., O), for autograd to see through: v (..., K) scattered into H (..., R)."""
-    H = v.new_zeros(*v.shape[:-1], len(B)).scatter_add(-1, idx.long(), v)
+    """y = H B (..., O), for autograd to see through: v (..., K) scattered into H (..., R). Raises
+    ValueError, on a CPU, if an index is none of R's: the scatter looks at each by itself."""
+    try:
+        H = v.new_zeros(*v.shape[:-1], len(B)).scatter_add(-1, idx.long(), v)
+    except RuntimeError:
+        _ranks(idx, len(B), True)
+        raise
     return H @ B
+
+
+def at(z: Tensor, idx: Tensor) -> Tensor:
+    """z (..., R) at idx (..., K). Raises ValueError, on a CPU, if an index is none of R's."""
+    try:
+        return z.gather(-1, idx.long())
+    except RuntimeError:
+        _ranks(idx, z.shape[-1], True)
+        raise
 
 
 def rank_scores(
@@ -176,7 +190,7 @@ def rank_scores(
     idx = _ranks(idx, len(frozen) + len(live), check)
     x, frozen, live = _cast(live, x, frozen, live)
     if is_plain(path, x, len(frozen) + len(live)):
-        return (x @ torch.cat([frozen.detach(), live]).T).gather(-1, idx)
+        return at(x @ torch.cat([frozen.detach(), live]).T, idx)
     flat = idx.reshape(-1, idx.shape[-1])
     return sddmm(flat, x.reshape(-1, x.shape[-1]), frozen, live, path).reshape(idx.shape)
 

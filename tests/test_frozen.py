@@ -1,10 +1,13 @@
 """What is kept of frozen rows from step to step: never copied, never stale, never saved."""
 
 import copy
+import pickle
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimoe import MoRA, frozen
@@ -147,6 +150,27 @@ def test_the_gram_of_16_bits_is_summed_in_32():
     assert got.dtype == torch.bfloat16
     error = (got.double() - wide.T @ wide).abs()
     assert (error <= 2**-8 * (wide.T @ wide).abs() + 1e-3).all()  # one rounding of each
+
+
+def test_nothing_of_it_is_in_a_file(tmp_path):
+    layer = make("gather")
+    rows = layer.frozen_A
+    assert rows.untyped_storage().nbytes() == rows.nbytes
+    safetensors.torch.save_model(layer, str(tmp_path / "all.safetensors"))
+    for each in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), layer):
+        each.share_memory()
+        assert close(step(each, X), step(make("plain"), X))
+        each.grow()  # which makes room
+        assert each.frozen_A.shape == (F + r, D)
+
+
+def test_fake_and_meta_rows_have_no_room():
+    with FakeTensorMode():
+        assert frozen.with_room(torch.zeros(3, 4), 2).shape == (3, 4)
+    assert frozen.with_room(torch.zeros(3, 4, device="meta"), 2).is_meta
+    none = frozen.with_room(torch.zeros(0, 4), 2)
+    assert none.shape == (0, 4)
+    assert torch.equal(frozen.joined(none, torch.ones(2, 4)), torch.ones(2, 4))
 
 
 def test_nothing_of_it_is_in_a_state_dict():

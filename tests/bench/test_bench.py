@@ -83,7 +83,7 @@ def test_the_batch_of_many_adapters_is_the_loop(order):
 
 
 def test_the_page_shows_many_adapters_if_they_were_timed():
-    timed = {"pass": "forward", "R": 64, "ms": {"median": 1.0, "iqr": 0.0}}
+    timed = {"pass": "forward", "R": 64, "D": 768, "ms": {"median": 1.0, "iqr": 0.0}}
     ratio = iter((0.5, 0.61, 0.072, 1.25))
     rows = [
         {**timed, "part": f"8 adapters, T {T}", "routing": order, "name": name}
@@ -204,6 +204,16 @@ def test_a_wrong_product_is_seen_before_anything_is_timed(wrong, monkeypatch):
     rows = bench.errors("cpu", ODD)
     off = {r["product"] for r in rows if r["dtype"] == "float32" and r["error"] > r["allowed"]}
     assert off == {wrong}
+
+
+def test_a_product_that_gives_nan_is_wrong(monkeypatch):
+    monkeypatch.setattr(
+        bench.errors.__globals__["sparse"], "rank_scores", lambda x, idx, A, live, path: (
+            x @ live.T
+        )[:, :3] * torch.nan
+    )  # fmt: skip
+    rows = [row for row in bench.errors("cpu", ODD) if row["product"] == "rank_scores"]
+    assert not any(row["error"] <= row["allowed"] for row in rows)
 
 
 def test_settings_out_of_range_are_named():
