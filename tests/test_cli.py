@@ -465,15 +465,14 @@ def test_bench_times_every_part_and_writes_json_and_picture(tmp_path, monkeypatc
 def test_bench_of_a_device_runs_whole_in_tritons_interpreter(tmp_path):
     """What `--device cuda` runs, but for the device's own clock."""
     pytest.importorskip("triton", reason="triton is not installed (Linux only)")
-    small = ["--ranks", 16, 128, "--tokens", 9, "--width", 16, 24, "--top-k", 4, "--repeats", 1]
+    small = ["--ranks", 16, "--tokens", 3, "--width", 16, 24, "--top-k", 4, "--repeats", 1]
     small += ["--routing", "random", "--dtype", "bfloat16"]
     done = minimoe("bench", *small, "--threads", 1, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run" / "bench.json").read_text())
-    for part in ("up-projection", "sddmm", "spmm_t", "small layers"):
+    for part in ("up-projection", "sddmm", "spmm_t"):
         assert "triton" in {row["name"] for row in found["rows"] if row["part"] == part}, part
-    names = {row["name"] for row in found["rows"] if row["part"] == "top-k"}
-    assert "row pass" in names and any("groups of" in name for name in names)
+    assert "row pass" in {row["name"] for row in found["rows"] if row["part"] == "top-k"}
     assert {row["D"] for row in found["rows"] if row["part"] == "layer"} == {16, 24}
     paths = {row["path"] for row in found["errors"]}
     assert paths == {"plain", "dense", "gather", "compact", "triton"}

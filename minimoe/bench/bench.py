@@ -44,7 +44,7 @@ from ..sparse import spmm_t
 from ..tools.fingerprint import fingerprint
 from . import contenders as c
 from .clock import Clock, Contenders, keep_freed_memory, rounds, spread
-from .errors import errors
+from .errors import SIZES, errors
 from .routes import ROUTINGS, make_routes
 
 MOST = 2**24  # of any size
@@ -92,6 +92,10 @@ def bench(
     torch.manual_seed(0)
     clock = Clock(device)
     routes = make_routes(ranks, routings, top_k, tokens)
+    checked = [
+        (min(T, tokens), min(K, top_k), min(R, max(ranks)), min(O, widths[0]))
+        for T, K, R, O in SIZES
+    ]
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": c.device_name(device),
@@ -109,7 +113,7 @@ def bench(
         "ranks_used": {f"{R} {routing}": len(idx.unique()) for (R, routing), idx in routes.items()},
         "planted_and_chosen": {},
         "complete": False,
-        "errors": errors(device),
+        "errors": errors(device, checked),
         "suggested": {},
         "rows": [],
     }
@@ -208,7 +212,7 @@ def _groups(
         for (R, routing), idx in routes.items():
             yield from _layers(idx.to(device), R, D, routing, kind, planted)
     for R in SMALL_LAYERS:
-        if 4 * max(ranks) >= R:
+        if max(ranks) >= R:
             made = partial(c.small_layers, R, 128, kind)
             yield Group("small layers", "training", R, 128, "random", made)
     toy = partial(c.toy_backbone, SCHEMES, device)

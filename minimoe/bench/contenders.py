@@ -211,7 +211,7 @@ def beside(width: int, top_k: int, kind: dict[str, Any]) -> dict[str, nn.Module]
     moe = LoRAMoE(base, rank=LIVE, top_k=2)
     for _ in range(7):
         moe.grow()
-    moe.frozen_B.normal_()
+    moe.to(**kind).frozen_B.normal_()
     moe.B.data.normal_()
     layers["lora_moe"] = moe
     if hasattr(F, "grouped_mm"):
@@ -250,7 +250,7 @@ def many_adapters(T: int, order: str, width: int, kind: dict[str, Any]) -> Conte
     x = torch.randn(SEQUENCES, T, width, **kind)
     apart: list[tuple[nn.Module, Tensor]] = []
     for i in range(ADAPTERS):
-        lora = LoRA(base, rank=8).eval()
+        lora = LoRA(base, rank=8).to(**kind).eval()
         lora.B.data.normal_()
         layer.many[str(i)] = lora
         apart.append((lora, x[(ids == i).to(x.device)]))

@@ -1,5 +1,6 @@
 """Every path of the products against float64, before anything is timed."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ SIZES = ((256, 16, 512, 96), (37, 3, 600, 33), (1, 1, 17, 1))
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def errors(device: str, sizes: tuple[tuple[int, ...], ...] = SIZES) -> list[dict[str, Any]]:
+def errors(device: str, sizes: Iterable[tuple[int, ...]] = SIZES) -> list[dict[str, Any]]:
     """For each dtype, path and product the largest error of its outputs and gradients, against
     torch's own products in float64 on the same numbers, over the largest number there; and what is
     allowed: 1e-10 in float64, 1e-4 in float32 (GPUs may round its products), two roundings in 16

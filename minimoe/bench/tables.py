@@ -191,6 +191,9 @@ def _grid(
         line = [str(R), routing, str(used.get(f"{R} {routing}", ""))]
         line += [f"{first['median']:.{1 if first['median'] >= 1 else 4}f}"]
         for name in names[1:]:
+            if (R, routing, name) not in cells:
+                line.append("–")
+                continue
             ratio = cells[R, routing, name]["ratio"]
             digits = _digits(ratio["median"])
             line.append(f"{ratio['median']:.{digits}f}±{ratio['iqr'] / 2:.{digits}f}")

@@ -107,6 +107,30 @@ All parts"""
     assert bench.from_json(stored | {"rows": old + rows})["rows"][-1] == rows[-1]
 
 
+@pytest.mark.slow
+def test_the_row_pass_is_timed_in_several_shapes(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed (Linux only)")
+    kind = {"device": "cpu", "dtype": torch.bfloat16}
+    found = bench.passes_over_scores(512, 1, 16, 16, kind, True)
+    assert {name for name in found if "groups of" in name} == {
+        f"row pass, {warps} warps, groups of {G}" for warps in (1, 2) for G in (4, 8)
+    }
+    for f in found.values():
+        f()
+    layers = bench.small_layers(64, 16, kind)
+    assert list(layers) == ["plain", "dense", "gather", "triton"]
+    layers["triton"]()
+
+
+def test_a_table_of_contenders_that_not_all_sizes_have():
+    stored = bench.read(Path(__file__).parents[2] / "tutorials" / "results" / "bench-cpu.json")
+    rows = [row for row in stored["rows"] if row["part"] == "top-k"]
+    more = rows[0] | {"name": "row pass"}
+    text = bench.table(stored | {"rows": [*rows, more]})
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[-1] for line in lines if line[:1] == ["256"]] == ["–"]
+
+
 def test_routes():
     torch.manual_seed(1)
     routes = bench.make_routes((64, 128, 200), bench.ROUTINGS, 4, 30)
@@ -189,6 +213,7 @@ def test_what_auto_should_do_by_hand():
 
 @pytest.mark.parametrize("wrong", ["rank_sparse", "rank_scores", "top_scores"])
 def test_a_wrong_product_is_seen_before_anything_is_timed(wrong, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which takes its time
     right = getattr(bench.errors.__globals__["sparse"], wrong)
 
     def slightly_off(*args):
@@ -207,6 +232,7 @@ def test_a_wrong_product_is_seen_before_anything_is_timed(wrong, monkeypatch):
 
 
 def test_a_product_that_gives_nan_is_wrong(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which takes its time
     monkeypatch.setattr(
         bench.errors.__globals__["sparse"], "rank_scores", lambda x, idx, A, live, path: (
             x @ live.T
