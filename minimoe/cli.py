@@ -34,6 +34,7 @@ from .laws.pair import WITHIN
 from .options import FIXED, RUN, Options, canonical
 from .roster import EPOCHS, ROSTER, SCHEMES
 from .setting import Setting, stream_of
+from .sparse import threshold
 from .studies import STUDIES
 from .tools import console, parallel
 from .tools.device import device_is_here
@@ -332,7 +333,7 @@ def draw(kind: str, result: Any, folder: Path) -> list[str]:
     if kind == "study":
         plots.plot_study(result, folder / f"{result.study}.png")
         return [f"{result.study}.png"]
-    plots.plot_bench(result, folder / "bench.png")
+    plots.plot_bench(result, bench.first_routing(result), folder / "bench.png")
     if not any(row["part"] == "growth" for row in result["rows"]):
         return ["bench.png"]
     plots.plot_growth(result, folder / "growth.png")
@@ -447,6 +448,7 @@ def run_bench(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"threads is {args.threads}, allowed: 1 or more")
         torch.set_num_threads(args.threads)
+    threshold("small", not on_cpu)  # a wrong MINIMOE_BENCH is told before anything is made
     out = output_folder("bench", args.out)
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of timing

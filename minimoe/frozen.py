@@ -7,6 +7,10 @@
 Neither is a parameter, and neither is in a state_dict or a file. Rows that have no room, as after
 `.to` or a deepcopy, are right too: they are copied in each step, until the layer grows or loads.
 
+Limits. Under autocast rows are cast anew in each pass, so nothing is kept of them. A room serves
+one thread at a time, as a model does. Weak references are kept to frozen rows, which
+`torch.utils.swap_tensors` refuses.
+
 Axes: F frozen rows come first, r live ones last, R = F + r; D wide.
 """
 
@@ -22,7 +26,8 @@ _GRAMS = WeakTensorKeyDictionary()  # by frozen rows F: Fᵀ F, and when it was 
 def with_room(frozen: Tensor, r: int) -> Tensor:
     """A copy of frozen (F, ...), with room for r live rows behind it, where `joined` writes them:
     so no step copies the frozen ones."""
-    if type(frozen) is not Tensor or frozen.device.type not in ("cpu", "cuda"):  # fake, meta, ...
+    fits = type(frozen) is Tensor and frozen.device.type in ("cpu", "cuda")  # none that is fake
+    if not fits or frozen.is_inference() or torch.is_inference_mode_enabled():
         return frozen.clone()
     F = len(frozen)
     room = frozen.new_empty(F + r, *frozen.shape[1:])
@@ -57,8 +62,9 @@ def gram(frozen: Tensor, live: Tensor) -> Tensor:
         return A.T @ A
     made = (frozen.data_ptr(), frozen._version, frozen.dtype)
     kept = _GRAMS.get(frozen)
-    if kept is None or kept[1] != made:
-        rows = frozen.to(torch.promote_types(frozen.dtype, torch.float32))
-        _GRAMS[frozen] = kept = (rows.T @ rows, made)
-    rows = live.to(kept[0].dtype)
-    return torch.addmm(kept[0], rows.T, rows).to(live.dtype)
+    with torch.autocast(frozen.device.type, enabled=False):
+        if kept is None or kept[1] != made:
+            rows = frozen.to(torch.promote_types(frozen.dtype, torch.float32))
+            _GRAMS[frozen] = kept = (rows.T @ rows, made)
+        rows = live.to(kept[0].dtype)
+        return torch.addmm(kept[0], rows.T, rows).to(live.dtype)

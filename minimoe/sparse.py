@@ -24,7 +24,6 @@ r live ones last, R = F + r. Frozen rows are constants: nothing here computes a 
 so a task's weight gradients cost the same after 100 tasks as after 1.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -56,29 +55,33 @@ CROSSOVER = {
 }
 
 
-MEASURED = os.environ.get("MINIMOE_BENCH", "")
+def read_measured(path: str) -> dict[str, dict[str, int]] | ValueError:
+    """{"cpu" or "cuda": the thresholds that a bench.json suggests}; the error if it is none, to be
+    raised where they are asked for."""
+    if not path:
+        return {}
+    try:
+        entry = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = {name: int(value) for name, value in entry["suggested"].items()}
+        return {"cpu" if entry["device"] == "cpu" else "cuda": found}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        allowed = "allowed: a bench.json of `minimoe bench`"
+        return ValueError(f"MINIMOE_BENCH is {path!r} ({reason}), {allowed}")
+
+
+MEASURED = read_measured(os.environ.get("MINIMOE_BENCH", ""))
 
 
 def threshold(name: str, cuda: bool) -> int:
-    """What `auto` goes by on this kind of device: of SMALL ("small"), or a product's CROSSOVER."""
+    """What `auto` goes by on this kind of device: of SMALL ("small"), or a product's CROSSOVER.
+    Raises ValueError if MINIMOE_BENCH is no bench.json."""
     kind = "cuda" if cuda else "cpu"
-    if MEASURED and kind in (measured := _measured(MEASURED)):
-        return measured[kind][name]
+    if isinstance(MEASURED, ValueError):
+        raise MEASURED
+    if name in (measured := MEASURED.get(kind, {})):
+        return measured[name]
     return SMALL[kind] if name == "small" else CROSSOVER[kind][name]
-
-
-@functools.cache
-def _measured(path: str) -> dict[str, dict[str, int]]:
-    """{"cpu" or "cuda": its thresholds} of a bench.json. Raises ValueError if it is none."""
-    try:
-        entry = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {name: int(entry["suggested"][name]) for name in ("small", *CROSSOVER["cpu"])}
-        return {"cpu" if entry["device"] == "cpu" else "cuda": found}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"MINIMOE_BENCH is {path!r} ({reason}), allowed: a bench.json of `minimoe bench`"
-        ) from error
 
 
 # whether torch.export runs: torch 2.6 does not say
@@ -152,8 +155,11 @@ def rank_sparse(
 def plain(v: Tensor, idx: Tensor, B: Tensor) -> Tensor:
     """y = H B (..., O), for autograd to see through: v (..., K) scattered into H (..., R). Raises
     ValueError, on a CPU, if an index is none of R's: the scatter looks at each by itself."""
+    if idx.shape != v.shape:
+        raise ValueError(f"idx {tuple(idx.shape)} and v {tuple(v.shape)} differ in shape")
+    idx = _ranks(idx, len(B), False)
     try:
-        H = v.new_zeros(*v.shape[:-1], len(B)).scatter_add(-1, idx.long(), v)
+        H = v.new_zeros(*v.shape[:-1], len(B)).scatter_add(-1, idx, v)
     except RuntimeError:
         _ranks(idx, len(B), True)
         raise
@@ -162,8 +168,11 @@ def plain(v: Tensor, idx: Tensor, B: Tensor) -> Tensor:
 
 def at(z: Tensor, idx: Tensor) -> Tensor:
     """z (..., R) at idx (..., K). Raises ValueError, on a CPU, if an index is none of R's."""
+    if idx.shape[:-1] != z.shape[:-1]:
+        raise ValueError(f"idx {tuple(idx.shape)} and z {tuple(z.shape)} differ in tokens")
+    idx = _ranks(idx, z.shape[-1], False)
     try:
-        return z.gather(-1, idx.long())
+        return z.gather(-1, idx)
     except RuntimeError:
         _ranks(idx, z.shape[-1], True)
         raise

@@ -164,6 +164,27 @@ def test_nothing_of_it_is_in_a_file(tmp_path):
         assert each.frozen_A.shape == (F + r, D)
 
 
+def test_layers_that_grew_or_loaded_in_inference_mode_work_outside():
+    layer = make("gather")
+    with torch.inference_mode():
+        layer.load_state_dict(layer.state_dict())
+        layer.grow()
+    with torch.no_grad():
+        y = layer(X)
+        layer.path = "plain"
+        assert torch.allclose(layer(X), y, rtol=0, atol=1e-11)
+
+
+def test_a_backward_inside_autocast_leaves_nothing_coarse():
+    layer, plain = make("gather").float(), make("plain").float()
+    x = X.float().requires_grad_()
+    y = layer(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward()
+    for got, wanted in zip(step(layer, X.float()), step(plain, X.float()), strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 def test_fake_and_meta_rows_have_no_room():
     with FakeTensorMode():
         assert frozen.with_room(torch.zeros(3, 4), 2).shape == (3, 4)

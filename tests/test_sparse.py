@@ -330,25 +330,56 @@ def test_autocast_computes_in_its_dtype_and_gradients_keep_theirs(path):
 
 def test_auto_goes_by_a_bench_if_there_is_one(tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
-    numbers = {"small": 10, "spmm": 3, "sddmm": 4, "spmm_t": 5}
+    numbers = {"small": 10, "spmm": 3, "sddmm": 4, "spmm_t": 6}
     file.write_text(json.dumps({"device": "cpu", "suggested": numbers}))
-    monkeypatch.setattr(sparse, "MEASURED", str(file))
+    monkeypatch.setattr(sparse, "MEASURED", sparse.read_measured(str(file)))
     assert {name: sparse.threshold(name, False) for name in numbers} == numbers
     assert sparse.threshold("spmm", True) == CROSSOVER["cuda"]["spmm"]  # of another device
     assert sparse.is_plain("auto", torch.zeros(2, 7), 5)
     assert not sparse.is_plain("auto", torch.zeros(2, 7), 6)
-    other = tmp_path / "gpu.json"
-    other.write_text(json.dumps({"device": "NVIDIA H200", "suggested": numbers}))
-    monkeypatch.setattr(sparse, "MEASURED", str(other))
-    assert {name: sparse.threshold(name, True) for name in numbers} == numbers
+    # of a device; and what was not timed there stays
+    file.write_text(json.dumps({"device": "NVIDIA H200", "suggested": {"sddmm": 4}}))
+    monkeypatch.setattr(sparse, "MEASURED", sparse.read_measured(str(file)))
+    assert [sparse.threshold(n, True) for n in ("sddmm", "spmm")] == [4, CROSSOVER["cuda"]["spmm"]]
     assert sparse.threshold("small", False) == sparse.SMALL["cpu"]
+    assert sparse.read_measured("") == {}
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"device": "cpu", "suggested": {}}'])
+BROKEN = [
+    None,
+    "",
+    "[]",
+    "{}",
+    '{"device": "cpu", "suggested": {"spmm": Infinity}}',
+    '{"device": 1}',
+]
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", INFINITE, '{"device": 1}'])
 def test_a_bench_that_is_none_is_named(text, tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
     if text is not None:
         file.write_text(text)
-    monkeypatch.setattr(sparse, "MEASURED", str(file))
+    monkeypatch.setattr(sparse, "MEASURED", sparse.read_measured(str(file)))
     with pytest.raises(ValueError, match=r"MINIMOE_BENCH is .*bench.json.*allowed: a bench.json"):
         sparse.threshold("spmm", False)
+
+
+def test_an_idx_that_does_not_fit_is_named_on_the_plain_path_too():
+    v, B, z = torch.randn(6, 3), torch.randn(8, 5), torch.randn(6, 8)
+    for idx, message in (
+        (torch.zeros(6, 2).long(), r"idx \(6, 2\) and v \(6, 3\) differ in shape"),
+        (torch.zeros(2, 3).long(), r"idx \(2, 3\) and v \(6, 3\) differ in shape"),
+        (torch.zeros(6, 3), "idx is torch.float32, allowed: torch.int32, torch.int64"),
+        (torch.ones(6, 3).bool(), "idx is torch.bool"),
+        (torch.full((6, 3), 8), "idx holds 8, allowed: 0 to 7, as there are 8 ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse.plain(v, idx, B)
+    for idx, message in (
+        (torch.zeros(2, 3).long(), r"idx \(2, 3\) and z \(6, 8\) differ in tokens"),
+        (torch.zeros(6, 3), "idx is torch.float32, allowed: torch.int32, torch.int64"),
+        (torch.full((6, 3), -1), "idx holds -1, allowed: 0 to 7, as there are 8 ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse.at(z, idx)

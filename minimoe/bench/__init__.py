@@ -27,7 +27,7 @@ from .contenders import (
 )
 from .errors import errors
 from .routes import POOL, ROUTINGS, make_routes, record
-from .tables import from_json, page, read, table
+from .tables import first_routing, from_json, page, read, table
 
 __all__ = [
     "LIVE",
@@ -41,6 +41,7 @@ __all__ = [
     "bench",
     "beside",
     "errors",
+    "first_routing",
     "from_json",
     "keep_freed_memory",
     "layer_bytes",

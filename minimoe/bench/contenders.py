@@ -1,5 +1,6 @@
 """What a bench times: each function gives contenders by name, the reference first."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable
@@ -215,7 +216,10 @@ def beside(width: int, top_k: int, kind: dict[str, Any]) -> dict[str, nn.Module]
     moe.B.data.normal_()
     layers["lora_moe"] = moe
     if hasattr(F, "grouped_mm"):
-        layers["grouped_mm"] = GroupedMoE(moe)
+        grouped, x = GroupedMoE(moe), torch.zeros(16, width, **kind).requires_grad_()
+        with contextlib.suppress(RuntimeError, ValueError):  # float64; widths of odd strides
+            torch.autograd.grad(grouped(x).sum(), x)
+            layers["grouped_mm"] = grouped
     return layers
 
 

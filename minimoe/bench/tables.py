@@ -1,5 +1,6 @@
 """A bench result as text: the full table for a terminal, and a page in Markdown."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import (
     Any,
@@ -174,6 +175,7 @@ def device_line(result: dict[str, Any]) -> str:
         f"{result['device']}{threads}, {result['dtype']}, T {result['tokens']}, "
         f"D = O = {result['width']}, K {result['top_k']}; medians of {result['repeats']} rounds "
         "± half the interquartile range"
+        + ("" if result["complete"] else "; the run stopped before its end")
     )
 
 
@@ -230,7 +232,7 @@ def page(result: dict[str, Any], command: str, picture: str, growth: str = "") -
     return PAGE.format(
         command=command,
         device=device_line(result),
-        routing=_first_routing(result),
+        routing=first_routing(result),
         K=result["top_k"],
         ranks="\n".join(ratios(result)),
         toy=_toy(result),
@@ -243,14 +245,12 @@ def page(result: dict[str, Any], command: str, picture: str, growth: str = "") -
 
 def ratios(result: dict[str, Any]) -> list[str]:
     """The table for reading, as lines of Markdown: a row for each R, of one routing."""
-    routing = _first_routing(result)
+    routing = first_routing(result)
     cells = {
         (row["part"], row["pass"], row["name"], row["R"]): row["ratio"]["median"]
         for row in result["rows"]
         if (row["routing"], row["D"]) == (routing, result["width"])
     }
-    if not cells:
-        raise ValueError("no row times a layer")
     lines = [f"| R | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for R in sorted({R for part, _, _, R in cells if part == "layer"}):
         numbers = [_short(cells[*column, R]) for column in COLUMNS.values()]
@@ -285,7 +285,11 @@ def _short(ratio: float) -> str:
     return f"{ratio:.{_digits(ratio)}f}".removeprefix("0")
 
 
-def _first_routing(result: dict[str, Any]) -> str:
-    """The one that the table for reading and the picture show."""
-    routing: str = result["rows"][0]["routing"]
-    return routing
+def first_routing(result: Mapping[str, Any]) -> str:
+    """The one that the table for reading and the picture show. Raises ValueError if no row times a
+    layer."""
+    for row in result["rows"]:
+        if row["part"] == "layer":
+            return str(row["routing"])
+    end = "" if result["complete"] else ": the run stopped before its end"
+    raise ValueError(f"no row times a layer{end}")

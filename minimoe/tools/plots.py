@@ -106,13 +106,10 @@ def _shades(J: int) -> list[Any]:
     return [colormaps["cividis"](t / max(J - 1, 1)) for t in range(J)]
 
 
-def plot_bench(result: Mapping[str, Any], path: Path) -> None:
+def plot_bench(result: Mapping[str, Any], routing: str, path: Path) -> None:
     """bench.json as one figure. Above, the up-projection against dense; below, the whole layer
     against its GEMMs; forward on the left, a training step on the right. One routing, median over
     rounds, bars from quartile to quartile where they are longer than the mark."""
-    routing = result["rows"][0]["routing"]
-    if not any(row["part"] == "layer" for row in result["rows"]):
-        raise ValueError("no row times a layer")
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     grid: Any = figure.subplots(2, 2, sharex=True, sharey="row")
     for (part, reference), line in zip(BENCH_ROWS, grid, strict=True):

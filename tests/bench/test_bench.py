@@ -131,6 +131,23 @@ def test_a_table_of_contenders_that_not_all_sizes_have():
     assert [line[-1] for line in lines if line[:1] == ["256"]] == ["–"]
 
 
+def test_a_page_of_one_routing_shows_it():
+    stored = bench.read(Path(__file__).parents[2] / "tutorials" / "results" / "bench-cpu.json")
+    rows = [r for r in stored["rows"] if r["part"] == "top-k" or r["routing"] == "pool"]
+    page = bench.page(stored | {"rows": rows}, "x", "y.png")
+    assert "pool\nrouting" in page and "\n| 1024 |" in page
+    none = stored | {"rows": rows[:3], "complete": False}
+    with pytest.raises(ValueError, match="no row times a layer: the run stopped before its end"):
+        bench.first_routing(none)
+    assert "the run stopped before its end" in bench.table(none)
+
+
+@pytest.mark.parametrize("kind", [KIND, {"device": "cpu", "dtype": torch.float32}])
+def test_what_torch_cannot_group_is_left_out(kind):
+    layers = bench.beside(17, 16, kind)
+    assert {"linear", "lora_moe"} <= set(layers) and "grouped_mm" not in layers
+
+
 def test_routes():
     torch.manual_seed(1)
     routes = bench.make_routes((64, 128, 200), bench.ROUTINGS, 4, 30)
