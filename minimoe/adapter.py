@@ -103,7 +103,7 @@ class Adapter(Wrapped):
         self.leave(*beside)
         v = self.scale * g * z
         if idx is not None and is_plain(self.path, x, self.ranks):
-            return plain(self.cast(v), idx, self.rows("B"))
+            return plain(self.cast(v), idx, self.rows("B"))  # rank_sparse's checks cost a tenth
         return rank_sparse(v, idx, self.frozen_B, self.B, self.path)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -116,7 +116,8 @@ class Adapter(Wrapped):
         y = self.call_base(input)
         update = self.samples_first(update, back=True).to(y.dtype)
         if type(self).update is Adapter.update and not update.requires_grad:
-            return self.hold(update.add_(y))  # in place: one array of (..., O) less
+            # one array of (..., O) less; in training autograd would copy the view four times
+            return self.hold(update.add_(y))
         return self.hold(update + y)
 
     def active(self) -> int:

@@ -216,7 +216,8 @@ def top_scores(
         dA = (H(idx, dtop) + c · z)ᵀ x               for the live ranks only
 
     so the exact gradient costs T·R·D or (T + R)·D·D, whichever is less, and in the second case z
-    is not kept. With `detach` the norm has no gradient, and the backward reads only chosen ranks.
+    is not kept, and the frozen rows' part of R·D·D is paid once a task (frozen.py). With `detach`
+    the norm has no gradient, and the backward reads only chosen ranks.
 
     x (..., D), frozen (F, D), live (r, D), 1 <= k <= R. Returns top (..., k) in descending order,
     idx (..., k) int64, and norm (..., 1) in float32 (float64 for float64). Differentiable once.

@@ -72,6 +72,12 @@ def test_no_step_copies_frozen_rows_and_all_is_the_plain_ones(path):
     assert close(step(layer, X), step(plain, X))
 
 
+def test_a_training_step_adds_the_base_without_a_copy_of_a_view():
+    for path in ("plain", "gather"):
+        y = make(path)(X)
+        assert y.grad_fn.name() == "AddBackward0"  # and no CopySlices
+
+
 def test_rows_without_room_are_copied():
     layer = copy.deepcopy(make("gather"))
     with Copied() as copied:

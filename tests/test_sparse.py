@@ -174,8 +174,8 @@ def test_only_what_is_asked_for_is_computed(path, monkeypatch):
     assert frozen.grad is None and v.grad is not None and not asked
 
 
-# 60 ranks, 3 wide, 20 tokens: z is not kept for the backward pass; with 4 tokens it is
-@pytest.mark.parametrize("T", [20, 4])
+# 60 ranks, 3 wide, 20 tokens: z is not kept for the backward pass; with 2 tokens it is
+@pytest.mark.parametrize("T", [20, 2])
 @pytest.mark.parametrize("path", PATHS)
 def test_top_scores_and_their_gradients_equal_the_dense_ones(path, T):
     _, _, frozen, live = draw(1, 1, 55, 5, 3)

@@ -269,7 +269,7 @@ def _toy(result: dict[str, Any]) -> str:
 
 
 def _many(result: dict[str, Any]) -> str:
-    """The paragraph and the table of many adapters; nothing for a result from before them."""
+    """The paragraph and the table of many adapters; nothing for a run that stopped before."""
     rows = [row for row in result["rows"] if row["name"] == "one batch"]
     if not rows:
         return ""

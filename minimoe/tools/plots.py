@@ -158,14 +158,26 @@ def plot_bench(result: Mapping[str, Any], routing: str, path: Path) -> None:
 
 
 def plot_growth(result: Mapping[str, Any], path: Path) -> None:
-    """bench.json's growth: what a step of a MoRA layer costs as tasks add up, part over part, as
-    multiples of the base's forward; and the whole step beside the parts' sum, and dense-masked."""
+    """bench.json's growth as a figure."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    draw_growth(axes, result)
+    axes.legend(loc="upper left", fontsize=9)
+    axes.set_title(
+        f"A step of a MoRA layer: {result['device']}, {result['dtype']}, T = {result['tokens']}, "
+        f"D = O = {result['width']}, K = {result['top_k']}",
+        fontsize=10,
+    )
+    _write(figure, path)
+
+
+def draw_growth(axes: Any, result: Mapping[str, Any]) -> None:
+    """What a step of a MoRA layer costs as tasks add up, part over part, as multiples of the base's
+    forward; and the whole step beside the parts' sum, and dense-masked."""
     rows = [row for row in result["rows"] if row["part"] == "growth"]
     ranks = sorted({row["R"] for row in rows})
     ratio = {(row["R"], row["name"]): row["ratio"]["median"] for row in rows}
     parts = ("base", "scoring", "top-k", "up", "gradients")
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
     tasks = [R / 16 for R in ranks]
     heights = [[ratio[R, part] for R in ranks] for part in parts]
     axes.stackplot(tasks, heights, labels=parts, colors=COLOURS, alpha=0.7)
@@ -175,13 +187,6 @@ def plot_growth(result: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="tasks so far, 16 ranks each", ylabel="time ÷ the base's forward")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=9)
-    axes.set_title(
-        f"A step of a MoRA layer: {result['device']}, {result['dtype']}, T = {result['tokens']}, "
-        f"D = O = {result['width']}, K = {result['top_k']}",
-        fontsize=10,
-    )
-    _write(figure, path)
 
 
 BENCH_ROWS = (("up-projection", "dense's"), ("layer", "its GEMMs'"))
