@@ -296,7 +296,7 @@ def run_compare(args: argparse.Namespace) -> int:
     stream = stream_of(setting, options.seeds[0])
     schemes = choose(options.schemes or None, stream, model, setting.tuned_as)
     total = len(schemes) * len(options.seeds) * options.tasks
-    with console.Progress("task", f"writing to {out}", hidden=not first) as bar:
+    with console.Progress("task", f"writing to {out}", hidden=not first, trains=True) as bar:
         result = compare(
             out,
             schemes=schemes,
@@ -385,7 +385,7 @@ def run_study(args: argparse.Namespace) -> int:
     for name in STUDIES if args.name == "all" else [args.name]:
         usual = (0, 1) if args.quick else STUDIES[name].seeds
         seeds = list(dict.fromkeys(args.seeds or usual))
-        with console.Progress("cell", f"writing to {args.out}") as bar:
+        with console.Progress("cell", f"writing to {args.out}", trains=True) as bar:
             result = studies.run_study(
                 name, args.out, seeds, args.quick, args.jobs or -1, bar, console.say
             )

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 ALIKE = str.maketrans("±–≥≤‖Σ·÷×στδθ→", "~-><|S.:xstdt>")
 STOPS = (signal.SIGINT, signal.SIGTERM)
 _stopped: list[int] = []  # signals that came
+_held: list[None] = []  # not empty where they must wait
 
 
 class Stopped(KeyboardInterrupt):
@@ -102,9 +104,22 @@ def ignore_stops() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Inside, a signal waits; it raises at the end. For what an exception may not pass through."""
+    _held.append(None)
+    try:
+        yield
+    finally:
+        _held.pop()
+    if not _held:
+        raise_if_stopped()
+
+
 def _stop(number: int, frame: Any) -> None:
     _stopped.append(number)
-    raise_if_stopped()
+    if not _held:
+        raise_if_stopped()
 
 
 def raise_if_stopped() -> None:
@@ -115,10 +130,13 @@ def raise_if_stopped() -> None:
 
 class Progress:
     """A bar on stderr, below the line `first`. The first call opens it, when bad input has had its
-    one line. A call raises if the command was stopped."""
+    one line. A call raises if the command was stopped.
 
-    def __init__(self, unit: str, first: str = "", hidden: bool = False):
-        self.unit, self.first, self.hidden = unit, first, hidden
+    trains: torch's first optimiser imports its compiler, with Triton, in which an exception ends
+    the process without a word: it is imported when the bar opens, while stops are held."""
+
+    def __init__(self, unit: str, first: str = "", hidden: bool = False, trains: bool = False):
+        self.unit, self.first, self.hidden, self.trains = unit, first, hidden, trains
         self.bar: Any = None
 
     def __call__(self, label: str, n: int, total: int) -> None:
@@ -131,6 +149,9 @@ class Progress:
         if self.bar is None:
             if self.first:
                 print(self.first, file=sys.stderr, flush=True)
+            if self.trains:
+                with held():
+                    importlib.import_module("torch._dynamo")
             often = 0.1 if sys.stderr.isatty() else 30  # seconds: a log is not a screen
             self.bar = tqdm(unit=self.unit, leave=False, mininterval=often, file=sys.stderr)
         self.bar.total = total

@@ -143,9 +143,12 @@ def test_json_is_json_whatever_else_prints(tmp_path):
     ],
 )
 def test_a_stopped_command_says_so_in_a_line(command, mark, stop, tmp_path):
+    # PYTHONWARNINGS, which its processes can add to, unlike -W; no interpreter of kernels, which
+    # takes minutes for bench's check of the paths
+    usual = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.Popen(
         [sys.executable, "-m", "minimoe", *command.split()],
-        env=os.environ | {"PYTHONWARNINGS": "error"},  # which its processes can add to, unlike -W
+        env=usual | {"PYTHONWARNINGS": "error"},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -156,7 +159,9 @@ def test_a_stopped_command_says_so_in_a_line(command, mark, stop, tmp_path):
     try:
         said = b""
         while mark.encode() not in said:  # the bar: it has started
-            said += process.stderr.read1()
+            more = process.stderr.read1()
+            assert more, said  # it has ended
+            said += more
         time.sleep(0.5)
         os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
         out, rest = process.communicate(timeout=60)
@@ -167,7 +172,7 @@ def test_a_stopped_command_says_so_in_a_line(command, mark, stop, tmp_path):
         assert last.startswith(f"minimoe: error: {word}") and out == b""
         assert "Traceback" not in said and said.count("error") == 1
         made = {p.name for p in tmp_path.iterdir()}
-        assert made == ({"run"} if command.startswith(("compare", "study")) else set())
+        assert made == (set() if command.startswith("check") else {"run"})
         until = time.monotonic() + 20
         while time.monotonic() < until:  # nobody of its group is left
             try:
@@ -185,6 +190,21 @@ def test_a_stopped_command_says_so_in_a_line(command, mark, stop, tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, console.Stopped])
+def test_a_stop_waits_where_it_is_held(error):
+    number = signal.SIGTERM if error is console.Stopped else signal.SIGINT
+    after = []
+    with console.stoppable(), pytest.raises(error):
+        with console.held():
+            with console.held():
+                signal.raise_signal(number)
+            after.append("in the outer one")
+        after.append("behind it")
+    assert after == ["in the outer one"]
+    with console.stoppable(), console.held():
+        pass  # a new command
 
 
 def test_a_stop_that_somebody_swallowed_is_raised_again():
