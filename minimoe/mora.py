@@ -79,7 +79,7 @@ class MoRA(Adapter):
         else:  # the same in one pass, which pays in large layers
             rows = self.frozen_A, self.A
             z, idx, norm = top_scores(x, *rows, self.kept, self.path, self.detach_gate)
-        s = z / (norm + TINY)  # eq. 5
+        s = z / norm.clamp_min(TINY)  # eq. 5
         w = (s / self.tau).softmax(-1)  # eq. 7
         if not self.training:
             w = w * (s >= self.delta)  # eq. 8
