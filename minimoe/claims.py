@@ -18,6 +18,8 @@ class Claims:
     as_lora: settings, and numbers to fill other rows with, at which all experts weigh the same.
         With all kept, the layer is then LoRA, its update divided by E if weights sum to 1.
     mergeable: it has merge() and unmerge(), as LoRA has.
+    active_at_most: a token may depend on fewer parameters than active(): a weight may be 0, or a
+        choice the same, for reasons of its own.
     equation: the layer is the one equation, with g and z as `gate` gives them.
     exact_gradient: the backward pass leaves nothing out.
 
@@ -31,5 +33,6 @@ class Claims:
     simplex: bool | Literal["kept"] = False
     as_lora: Mapping[str, float] | None = None
     mergeable: bool = False
+    active_at_most: bool = False
     equation: bool = True
     exact_gradient: bool = True

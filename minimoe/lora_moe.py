@@ -19,17 +19,18 @@ Life: one task trains one new expert and one new router row; all older ones are 
 Departures: the paper's experts stand beside the FFN, are not linear, and have one router per task.
 """
 
-import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Gate, require
+from .balance import switch_balance
 from .claims import Claims
-from .sparse import widened
-from .tools.parallel import sum_over_processes
 
 
 class LoRAMoE(Adapter):
     """A router over whole LoRAs. Parameters: R (D + O) + E D; active, E D + k (R / E) (D + O).
+
+    Another rule of routing is a subclass with another `logits`, `choose` or `auxiliary` loss, as
+    schemes/adamoe.py is.
 
     Args beyond Adapter's:
         top_k: k, experts kept per token, at most all.
@@ -64,13 +65,21 @@ class LoRAMoE(Adapter):
         super().__init__(base, rank, scale)
 
     def gate(self, x: Tensor) -> Gate:
-        l = self.project(x, "router")  # (..., E)
-        top, expert = l.topk(self.kept)  # (..., k)
-        w = top.softmax(-1)
-        loss = None
-        if self.training and self.balance:
-            loss = self.balance * switch_balance(l, expert, self.mask(x))
+        l = self.logits(x)
+        expert, w = self.choose(x, l)
+        loss = self.auxiliary(x, l, expert, w) if self.training else None
         return self.gate_blocks(x, expert, w, loss)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.project(x, "router")  # (..., E)
+
+    def choose(self, x: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept experts (..., k), and their weights w."""
+        top, expert = l.topk(self.kept)  # (..., k)
+        return expert, top.softmax(-1)
+
+    def auxiliary(self, x: Tensor, l: Tensor, expert: Tensor, w: Tensor) -> Tensor | None:
+        return self.balance * switch_balance(l, expert, self.mask(x)) if self.balance else None
 
     def active(self) -> int:
         D, O = self.in_features, self.out_features
@@ -78,14 +87,3 @@ class LoRAMoE(Adapter):
 
     def fresh(self) -> dict[str, Tensor]:
         return super().fresh() | {"router": self.fresh_router()}
-
-
-def switch_balance(l: Tensor, expert: Tensor, mask: Tensor) -> Tensor:
-    """E · Σ_e f_e P_e of logits l (..., E), kept expert (..., k), over tokens of mask (...) 1 in
-    all processes: f_e the share of the kept that are e, P_e the mean of softmax(l)_e (2101.03961,
-    eq. 4-6). 1 if uniform, E if one takes all, 0 if no token. MixLoRA's (2404.15159) is k times."""
-    E, k, m = l.shape[-1], expert.shape[-1], mask.unsqueeze(-1)
-    P = (m * widened(l).softmax(-1)).reshape(-1, E).sum(0)
-    f = torch.zeros_like(P).scatter_add(0, expert.flatten(), m.expand_as(expert).flatten())
-    f, P, kept = sum_over_processes(torch.cat([f, P, f.sum(0, keepdim=True)])).split([E, E, 1])
-    return E * (f / kept.clamp_min(1) * (k * P / kept.clamp_min(1))).sum()

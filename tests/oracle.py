@@ -17,6 +17,16 @@ def base(x, W0, b):
     return y
 
 
+def blocks(x, W0, b, A, B, w, scale):
+    """y of weights w (T, E): expert e is rows e·r to (e+1)·r."""
+    y = base(x, W0, b)
+    for t in range(len(x)):
+        r = len(A) // len(w[t])
+        for i in range(len(A)):
+            y[t] += scale * w[t][i // r] * (x[t] @ A[i]) * B[i]
+    return y
+
+
 def softmax(logits):
     highest = max(logits)
     parts = [math.exp(value - highest) for value in logits]

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "minimoe"
 FLOORS = [
     {"tools", "frozen"},
     {"sparse", "kernels", "claims"},
+    {"balance"},
     {"contextual"},
     {"context", "wrapped"},
     {"hooks"},

@@ -58,3 +58,30 @@ class EmbeddingLearner(AdapterLearner):
         state = int(torch.randint(2**31, ()))
         kmeans = KMeans(self.clusters, n_init=3, random_state=state).fit(e.double().cpu().numpy())
         return torch.as_tensor(kmeans.cluster_centers_, dtype=e.dtype, device=e.device)
+
+
+class ClusterLearner(EmbeddingLearner):
+    """Knows clusters, and which of them an input is nearest to."""
+
+    def __init__(self, model: nn.Module, scheme: type[Adapter], **settings: Any):
+        super().__init__(model, scheme, **settings)
+        self.known = torch.zeros(0)  # centres (clusters, F), none before any task
+
+    def nearest(self, x: Inputs) -> Tensor:
+        """The cluster of each input (N,); 0 while none is known."""
+        if not len(self.known):
+            return torch.zeros(data.count(x), dtype=torch.int64, device=data.device_of(x))
+        e = self.embed(x)
+        return torch.cdist(e, self.known.to(e)).argmin(-1)
+
+    def count(self) -> dict[str, int]:
+        """With the centres, all of which an input is held against."""
+        counts = super().count()
+        return counts | {k: counts[k] + self.known.numel() for k in ("stored", "read")}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"known": self.known.clone(), **super().state()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.known = tensors["known"]
+        super().load_state({name: t for name, t in tensors.items() if name != "known"})

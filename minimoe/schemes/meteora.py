@@ -29,32 +29,23 @@ element.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Gate, require
-from ..claims import Claims
+from ..adapter import require
+from ..balance import mean_over_tokens
+from ..lora_moe import LoRAMoE
 from ..sparse import widened
-from ..tools.parallel import sum_over_processes
 
 
-class MeteoRA(Adapter):
+class MeteoRA(LoRAMoE):
     """A supervised router over whole LoRAs. Parameters: R (D + O) + E D; active, E D + k r (D + O).
 
-    Args beyond Adapter's:
-        top_k: k, experts kept per token, at most all.
+    Args beyond LoRAMoE's:
         tau: temperature of the softmax.
         supervision: coefficient of the cross-entropy, in training; 0 needs no label.
 
     Needs, in training, the context label (...), the expert of each sample, from 0 to E - 1.
-    Raises ValueError if top_k < 1, supervision < 0, or tau is not above 0.
+    Raises ValueError if supervision < 0, or tau is not above 0.
     """
 
-    claims = Claims(
-        zero_at_birth=True,
-        granularity="token",
-        expert="block",
-        top_k=True,
-        simplex=True,
-        as_lora={"router": 0.0},
-    )
     mean_over_layers = True
 
     def __init__(
@@ -66,28 +57,20 @@ class MeteoRA(Adapter):
         tau: float = 1.0,
         supervision: float = 50.0,
     ):
-        require(top_k >= 1, "top_k", top_k, "1 or more")
         require(tau > 0, "tau", tau, "above 0")
         require(supervision >= 0, "supervision", supervision, "0 or more")
-        self.top_k, self.tau, self.supervision = top_k, tau, supervision
-        super().__init__(base, rank, scale)
+        self.tau, self.supervision = tau, supervision
+        super().__init__(base, rank, scale, top_k)
 
-    def gate(self, x: Tensor) -> Gate:
-        l = self.project(x, "router")  # (..., E)
+    def choose(self, x: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:
         top, expert = l.topk(self.kept)  # (..., k)
-        w = (top / self.tau).softmax(-1)
-        loss = None
-        if self.training and self.supervision:
-            label = self.given("label", x).expand(x.shape[:-1])
-            loss = self.supervision * label_loss(l, label, self.mask(x))
-        return self.gate_blocks(x, expert, w, loss)
+        return expert, (top / self.tau).softmax(-1)
 
-    def active(self) -> int:
-        D, O = self.in_features, self.out_features
-        return self.n_experts * D + self.kept * self.block * (D + O)
-
-    def fresh(self) -> dict[str, Tensor]:
-        return super().fresh() | {"router": self.fresh_router()}
+    def auxiliary(self, x: Tensor, l: Tensor, expert: Tensor, w: Tensor) -> Tensor | None:
+        if not self.supervision:
+            return None
+        label = self.given("label", x).expand(x.shape[:-1])
+        return self.supervision * label_loss(l, label, self.mask(x))
 
     def needs(self) -> dict[str, range | int]:
         return {"label": range(self.n_experts)} if self.training and self.supervision else {}
@@ -97,5 +80,4 @@ def label_loss(l: Tensor, label: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of logits l (..., E) with label (...): the mean over the tokens of all
     processes where mask (...) is 1, 0 for an empty batch."""
     each = F.cross_entropy(widened(l).reshape(-1, l.shape[-1]), label.flatten(), reduction="none")
-    total, tokens = (mask.flatten() * each).sum(), mask.sum()
-    return sum_over_processes(total) / sum_over_processes(tokens).clamp_min(1)
+    return mean_over_tokens(each, mask.flatten())

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
-from ..continual.data import Inputs, count, device_of
+from ..continual.data import Inputs
 from ..continual.learn import Fit
-from ..continual.learners import EmbeddingLearner
+from ..continual.learners import ClusterLearner
 from ..continual.stream import Stream
 
 
@@ -112,7 +112,7 @@ class MoCLE(Adapter):
         return {"cluster": range(len(self.rows("C")))}
 
 
-class MoCLELearner(EmbeddingLearner):
+class MoCLELearner(ClusterLearner):
     """Life in a stream: an input's cluster is the nearest of all that the tasks have brought."""
 
     def __init__(
@@ -120,27 +120,11 @@ class MoCLELearner(EmbeddingLearner):
     ):
         super().__init__(model, scheme, clusters=clusters, **settings)
         self.clusters = clusters
-        self.known = torch.zeros(0)  # centres (clusters, F), none before any task
 
     def context(self, x: Inputs) -> dict[str, Tensor]:
-        if not len(self.known):
-            return {"cluster": torch.zeros(count(x), dtype=torch.int64, device=device_of(x))}
-        e = self.embed(x)
-        return {"cluster": torch.cdist(e, self.known.to(e)).argmin(-1)}
+        return {"cluster": self.nearest(x)}
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         centres = self.centres(stream.tasks[t])
         self.known = torch.cat([self.known.to(centres), centres]) if len(self.known) else centres
         super().learn(stream, t, fit)
-
-    def count(self) -> dict[str, int]:
-        """With the centres, all of which an input is held against."""
-        counts = super().count()
-        return counts | {k: counts[k] + self.known.numel() for k in ("stored", "read")}
-
-    def state(self) -> dict[str, Tensor]:
-        return {"known": self.known.clone(), **super().state()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.known = tensors["known"]
-        super().load_state({name: t for name, t in tensors.items() if name != "known"})
