@@ -39,22 +39,39 @@ from ..continual.stream import EVALUATED, Stream
 from ..sparse import widened
 
 
-class Alone(Adapter):
-    """Whole LoRAs, the one with the nearest mean speaks. Parameters: R (D + O) + E D; active,
-    r (D + O), and in evaluation E D more."""
+class TrainedAlone(Adapter):
+    """A LoRA trains as if it were the only one; in evaluation `route` says who speaks. Parameters:
+    R (D + O); active in training, r (D + O)."""
 
     claims = Claims(zero_at_birth=True, granularity="token", expert="block", simplex=True)
-    buffer_rows = ("mean",)
-    mean: Tensor
 
     def gate(self, x: Tensor) -> Gate:
         if self.training:
-            e = torch.full(x.shape[:-1], self.n_experts - 1, device=x.device)
-        else:
-            m = widened(self.rows("mean"))
-            # ‖x - m‖² less ‖x‖², halved and turned round
-            e = (widened(self.project(x, "mean")) - m.square().sum(-1) / 2).argmax(-1)
-        return self.gate_blocks(x, e.unsqueeze(-1), x.new_ones(*x.shape[:-1], 1))
+            e = torch.full((*x.shape[:-1], 1), self.n_experts - 1, device=x.device)
+            return self.gate_blocks(x, e, self.while_it_trains(x))
+        return self.gate_blocks(x, *self.route(x))
+
+    def while_it_trains(self, x: Tensor) -> Tensor:
+        """Its weight (..., 1)."""
+        return x.new_ones(*x.shape[:-1], 1)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept experts (..., k) and their weights, for x (..., D)."""
+        raise NotImplementedError
+
+
+class Alone(TrainedAlone):
+    """Whole LoRAs, the one with the nearest mean speaks. Parameters: R (D + O) + E D; active,
+    r (D + O), and in evaluation E D more."""
+
+    buffer_rows = ("mean",)
+    mean: Tensor
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        m = widened(self.rows("mean"))
+        # ‖x - m‖² less ‖x‖², halved and turned round
+        near = widened(self.project(x, "mean")) - m.square().sum(-1) / 2
+        return near.argmax(-1, keepdim=True), x.new_ones(*x.shape[:-1], 1)
 
     def active(self) -> int:
         return self.speaking() + (0 if self.training else self.n_experts * self.in_features)

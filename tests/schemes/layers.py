@@ -8,9 +8,17 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from minimoe import LoRAMoE
 from minimoe.adapt import adapt, adapters, context, grow
 from minimoe.roster import SCHEMES
+from minimoe.schemes.alone import Alone, TrainedAlone
 
+# whose products and state are their own: other routers and other lives are lora_moe's and alone's
+OWN = [
+    name
+    for name, scheme in SCHEMES.items()
+    if scheme in (LoRAMoE, Alone) or not issubclass(scheme, LoRAMoE | TrainedAlone)
+]
 PATHS = ["plain", "dense", "gather", "compact"]
 PATHS += ["triton"] if importlib.util.find_spec("triton") else []
 X = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -41,8 +49,9 @@ def filled(layer):
         key = name.removeprefix("frozen_")
         if key == "expert_bias":
             tensor.uniform_(-0.1, 0.4)
-        elif name not in theirs:
-            tensor.normal_(std={"w1": 0.005, "w2": 0.005, "router": 0.5}.get(key, 1.0))
+        elif name not in theirs and tensor.is_floating_point():
+            std = {"w1": 0.005, "w2": 0.005, "router": 0.5, "code": 0.1, "code_bias": 0.1}
+            tensor.normal_(std=std.get(key, 1.0))
         if key == "sigma" or key.startswith("fisher"):
             tensor.abs_().add_(0.1)
     return layer

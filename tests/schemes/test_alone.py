@@ -83,7 +83,7 @@ class TestAlone:
         assert torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
 
 
-def two_tasks(**settings):
+def two_tasks(first_epochs=2, **settings):
     """A learner after two tasks in a net of two layers, and the stream."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)).requires_grad_(False)
@@ -94,7 +94,8 @@ def two_tasks(**settings):
     stream = Stream("s", tasks)
     learner = AloneLearner(net, rank=2, **settings)
     for t in range(2):
-        learner.learn(stream, t, lambda m, w, task: train(m, w, task, 2, 0))
+        epochs = 2 if t else first_epochs
+        learner.learn(stream, t, lambda m, w, task, n=epochs: train(m, w, task, n, 0))
     return learner, stream
 
 
@@ -135,6 +136,13 @@ class TestAloneLearner:
         learner = AloneLearner(Named().requires_grad_(False), rank=2)
         learner.learn(Stream("s", [task]), 0, lambda *args: None)
         assert torch.allclose(learner.model.fc.mean[0], h[mask == 1].mean(0), atol=1e-5)
+
+    def test_an_expert_is_what_it_is_whatever_came_before_it(self):
+        (one, _), (other, _) = two_tasks(), two_tasks(first_epochs=5)
+        for (_, a), (_, b) in zip(adapters(one.model), adapters(other.model), strict=True):
+            assert not torch.equal(a.rows("B")[:2], b.rows("B")[:2])
+            for name in "AB":  # the second task's, bit for bit
+                assert torch.equal(a.rows(name)[2:], b.rows(name)[2:])
 
     def test_a_mean_stays_as_it_was_when_the_next_task_comes(self):
         learner, stream = two_tasks()
