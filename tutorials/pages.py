@@ -1,8 +1,9 @@
 """Write the pages anew: python tutorials/pages.py
 
-Of the stored results (results/*.json, findings/*.json): results/*.md, findings/findings.md, the
-answer that they give, findings/self-activation.md, in ../README.md the table of accuracies, and of
-findings/tuning.json the settings that the package has on its streams, ../minimoe/tuned.json. The
+Of the stored results (results/*.json, findings/*.json): results/*.md, of which schemes.md is made
+of the schemes' own files too (schemes_page.py), findings/findings.md, the answer that they give,
+findings/self-activation.md, in ../README.md the table of accuracies, and of findings/tuning.json
+the settings that the package has on its streams, ../minimoe/tuned.json. The
 commands write such pages beside their results; this one writes those that are stored here, after a
 scheme or a result was added. The tests hold the stored pages to it.
 """
@@ -18,6 +19,9 @@ from minimoe.studies import STUDIES, answer, stored, tuning
 from minimoe.tools.files import read_json, write_atomic, write_json
 from minimoe.tools.results import CompareResult, StudyResult
 from minimoe.tools.tables import compare_page, findings, short
+
+sys.path.insert(0, str(Path(__file__).parent))
+import schemes_page
 
 HERE = Path(__file__).parent
 RESULTS = {  # name: the command that made it, and the pictures that are stored with it
@@ -45,6 +49,8 @@ def pages() -> dict[Path, str]:
         bench, BENCH, "bench-cpu.png", "growth.png"
     )
     made[HERE / "findings" / "findings.md"] = findings(study_results())
+    atlas = StudyResult.read(HERE / "findings" / "atlas.json")
+    made[HERE / "results" / "schemes.md"] = schemes_page.page(atlas)
     both = [stored(HERE / "findings", name) for name in ("memory", "why")]
     made[HERE / "findings" / "self-activation.md"] = answer.page(*both)
     readme = HERE.parent / "README.md"

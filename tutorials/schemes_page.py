@@ -1,0 +1,136 @@
+"""The page of all schemes, results/schemes.md: what their own files say, and what the study atlas
+measured. python tutorials/pages.py writes it.
+"""
+
+import inspect
+import re
+import sys
+
+from minimoe.roster import SCHEMES
+from minimoe.tools.tables import short
+
+# Methods that need no file: (name, arXiv id or "", how they are had here). Held to their own
+# equations by tests/schemes/test_configurations.py.
+CONFIGURATIONS = [
+    ("MING-MOE", "2404.09027", "`LoRAMoE(experts=E, top_k=2)`: all experts from the start"),
+    ("MoLoRA", "2309.05444", "`LoRAMoE(experts=E, top_k=E)`: a dense router"),
+    ("Awaker2.5-VL", "2411.10669", "`AdaMoE(top_k=1)` with S = 0: the likelihood is the weight"),
+    ("Residual MoE", "", "`LoRAMoE`: each expert's weight is W0 and a low-rank residual"),
+    ("ExpertWeave", "", "`baselines.ToldLoRA` in `context(label=...)`: one batch, many adapters"),
+    ("the grain of experts", "", "`LoRAMoE(experts=n, top_k=n·k)`: the same ranks, cut finer"),
+    ("MoCE", "", "`MoCLE(tau=1e-12)`: the cluster's expert at weight 1, no universal one"),
+    ("HydraLoRA", "2404.19245", "`MoSLD(dropout=0, top_k=E)`: one key matrix, a dense router"),
+    ("TMoE of SPMTrack", "", "the same beside a `LoRA` of the same layer"),
+]  # fmt: skip
+# What a reader may write: (name, arXiv id, what it is, and what judges it).
+EXERCISES = [
+    (
+        "pMoE",
+        "2306.04073",
+        "each expert picks its tokens in a sample; the law `granularity` breaks",
+    ),
+    ("ReMix", "2603.10160", "kept experts weigh the same, and REINFORCE trains the router"),
+    ("FURINA", "2509.14900", "scores linear in x: it merges into one matrix, so its gate is 1"),
+    ("MoSLoRA", "2406.11909", "a learned matrix between A and B: g is not diagonal any more"),
+    ("eMoE", "", "predict the next batch's experts by the last's: 1 - `instability`"),
+]
+# What is not here, and why.
+DECLINED = [
+    ("ReXMoE's shared pool", "2510.17483", "needs layers of one shape; its schedule is here"),
+    ("TreeLoRA", "2506.10355", "a tree of gradients and a bandit, 300 lines for one penalty"),
+    ("L2P, DualPrompt, CODA-Prompt", "", "prompts, not adapters of a linear layer"),
+    ("JumpLoRA, ELLA", "", "mask the whole update, which is then of no low rank"),
+    ("SAPT", "2401.08295", "needs replayed samples, one gate for all layers"),
+    ("HoME, DeepUnifiedMom, TMMOE, TaskExpert", "", "recommenders' and decoders' own parts"),
+    ("BAM's attention experts", "", "attention heads, not linear layers"),
+]  # fmt: skip
+
+
+def page(atlas) -> str:
+    """The page, of the study's stored result."""
+    places = list(dict.fromkeys(row.split(", ")[0] for row in atlas.rows))
+    known = {name: _rows(atlas, name, places) for name in SCHEMES}
+    parts = [
+        "# The schemes, one by one",
+        "Written by `python tutorials/pages.py`: equations and words are those of each scheme's "
+        "own file, numbers those of `minimoe study atlas` ([findings](../findings/findings.md)).",
+        "## Final accuracy",
+        f"Mean of {len(atlas.seeds)} seeds, 1 at best; a dash where a scheme cannot live or was "
+        "not run. Settings are each scheme's best of its trials on held-out data.",
+        _table(known, places),
+    ]
+    for name, scheme in SCHEMES.items():
+        parts += _scheme(name, scheme, known[name])
+    parts += [
+        "## Settings of what is there",
+        "Held to their own equations by tests/schemes/test_configurations.py.",
+        _list(CONFIGURATIONS),
+        "## To be written by a reader",
+        "At most fifteen lines each; `minimoe check` or the law that is named judges them.",
+        _list(EXERCISES),
+        "## Not here, and why",
+        _list(DECLINED),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(atlas, name, places):
+    return {place: row for place in places if (row := atlas.rows.get(f"{place}, {name}"))}
+
+
+def _table(known, places):
+    heads = [place.split(" under ")[-1].removesuffix("-digits") for place in places]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(places) + 1) + "|"]
+    for name, rows in known.items():
+        cells = [short(rows[place]["acc"].mean) if place in rows else "–" for place in places]
+        lines.append(f"| [{name}](#{name}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _scheme(name, scheme, rows):
+    """A scheme's heading, paper, equation, shape of its gate, parameters, life, results."""
+    module = sys.modules[scheme.__module__]
+    path = module.__name__.replace(".", "/") + ".py"
+    paper, equations, life, departures = _parts(module.__doc__)
+    claims, own = scheme.claims, inspect.getdoc(scheme)
+    counts = re.search(r"Parameters: (.*?)(?:\n\n|Args|$)", own + "\n\n", re.S)
+    weight = {"rank": "each rank has a weight", "block": "each LoRA has a weight"}[claims.expert]
+    shape = [weight, f"of its {claims.granularity} alone" if claims.granularity != "batch" else ""]
+    shape += ["at most `top_k` speak"] if claims.top_k else []
+    sums = {True: "weights sum to 1", "kept": "weights sum to k", False: ""}
+    shape += [sums[claims.simplex], "" if claims.equation else "not the one equation"]
+    lines = [f"## {name}", f"[{path}](../../{path}). {' '.join(paper.split())}"]
+    lines += [f"```text\n{equations}\n```"] if equations else []
+    gate = f"Gate: {', '.join(filter(None, shape))}."
+    if counts:
+        gate += f" Parameters: {' '.join(counts[1].split())}"
+    lines += [gate, *(" ".join(part.split()) for part in (life, departures) if part)]
+    if rows:
+        place, row = next(iter(rows.items()))
+        numbers = ", ".join(
+            f"{what} {row[what].mean:,.0f}" for what in ("stored", "read", "speaking")
+        )
+        spread = ", ".join(f"{place} {_spread(row['acc'])}" for place, row in rows.items())
+        lines.append(f"On {place}: {numbers} numbers. Final accuracy: {spread}.")
+    return lines
+
+
+def _parts(doc):
+    """(title and paper, equation, life, departures) of a module's docstring."""
+    parts = re.split(r"\n\n(?=\S)", doc.strip())
+    of = {key: next((p for p in parts if p.startswith(key)), "") for key in ("Life", "Departures")}
+    equation = next((p for p in parts if re.search(r"^    \S.* = ", p, re.M)), "")
+    blocks = re.findall(r"(?:^    .*\n?|^\n)+", equation + "\n", re.M)
+    lines = "".join(blocks).strip("\n")
+    return " ".join(parts[:2]), "\n".join(line[4:] for line in lines.split("\n")), *of.values()
+
+
+def _spread(value):
+    return short(value.mean) + ("" if value.half is None else f" ± {short(value.half)}")
+
+
+def _list(entries):
+    return "\n".join(
+        f"- **{name}**{f' (arXiv {paper})' if paper else ''}: {words}"
+        for name, paper, words in entries
+    )
