@@ -198,7 +198,8 @@ def test_all_who_live_in_a_place_can_be_carried_through_it(label):
     place = PLACES[label]
     stream, backbone = tuning.held_out(place.stream, 2, 1000, place.backbone)
     for name in place.names():
-        for trial in (tuning.trials(name, place.trials)[i] for i in (0, -1)):
+        own = label == next(iter(PLACES)) or ROSTER[name].kind != "atlas"  # trials are alike there
+        for trial in (tuning.trials(name, place.trials)[i] for i in (0, -1)[not own :]):
             entry = ROSTER[name].with_trial(trial)
             run = run_stream(entry.make, backbone, stream, 0, 1, name=name, how={"lr": entry.lr})
             assert len(run.matrix) == 3, (name, trial)

@@ -139,7 +139,7 @@ def test_json_is_json_whatever_else_prints(tmp_path):
         ("check mora", "law"),
         ("compare --stream permuted-digits --schemes mora --tasks 50 --out run", "task"),
         ("study routing --quick --jobs 2 --out run", "cell"),
-        ("bench --repeats 50 --out run", "group"),
+        ("bench --repeats 200 --tokens 64 --width 64 --top-k 4 --ranks 64 --out run", "group"),
     ],
 )
 def test_a_stopped_command_says_so_in_a_line(command, mark, stop, tmp_path):
