@@ -293,7 +293,7 @@ def _made(adapter: Adapter, name: str, dtype: torch.dtype | None) -> Adapter:
             child.train(adapter.training)
     if dtype is not None:
         for tensor in (*adapter._parameters.values(), *adapter._buffers.values()):
-            if tensor is not None:
+            if tensor is not None and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
     return adapter
 

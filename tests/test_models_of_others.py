@@ -29,6 +29,8 @@ from minimoe.adapt import (
     unwrap,
 )
 from minimoe.roster import SCHEMES
+from minimoe.schemes.evomoe import EvoMoE
+from minimoe.schemes.mask_moe import MaskMoE
 from minimoe.schemes.mosld import MoSLD
 from minimoe.schemes.smora import SMoRA
 
@@ -590,7 +592,7 @@ def test_a_16_bit_base_trains_without_autocast(name, dtype):
     for _, layer in adapters(model):
         assert layer.base.weight.dtype == dtype
         for key, tensor in {**layer._parameters, **layer._buffers}.items():
-            if tensor is not None:
+            if tensor is not None and tensor.is_floating_point():
                 assert (tensor.dtype == torch.float32 and tensor.isfinite().all()) or "sigma" in key
 
 
@@ -604,6 +606,16 @@ class TestDtype:
             assert {t.dtype for t in (layer.A, layer.frozen_B, layer.expert_bias)} == {dtype}
         with context(model):
             assert model(torch.randn(3, 6)).dtype == torch.float32
+
+    @pytest.mark.parametrize("scheme", [MaskMoE, EvoMoE])
+    def test_counts_and_masks_are_no_numbers_to_round(self, scheme):
+        model = adapt(net(), scheme, "0|3", rank=2, dtype=torch.bfloat16)
+        grow(model)
+        buffers = [t for _, layer in adapters(model) for t in layer._buffers.values()]
+        kinds = {t.dtype for t in buffers if t is not None}
+        assert kinds - {torch.bfloat16} == {torch.bool if scheme is MaskMoE else torch.int64}
+        with context(model, **context_of(model[0], 3)):
+            assert model(torch.randn(3, 6)).isfinite().all()
 
     def test_what_is_no_dtype_for_it_is_refused(self):
         with pytest.raises(ValueError, match=r"^dtype is torch.int8, allowed: a floating-point"):

@@ -86,6 +86,17 @@ class TestMaskMoE:
         with context(layer, **context_of(layer, 40)):
             assert torch.allclose(layer(X), other(X), rtol=0, atol=1e-13)
 
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    def test_one_graph_serves_all_classes(self):
+        layer, x = several(dtype=torch.float32), torch.randn(6, 7)
+        compiled, answers = torch.compile(layer, backend="aot_eager", fullgraph=True), []
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for c in range(5):
+                with context(layer, token_class=torch.full((6,), c)):
+                    answers.append(compiled(x))
+                    assert torch.allclose(answers[-1], layer(x), atol=1e-5)
+        assert all(not torch.allclose(answers[0], y) for y in answers[1:])
+
     def test_which_a_class_sees_stays_as_it_was_drawn(self):
         layer = several(tasks=1)
         before = layer.M.clone()
