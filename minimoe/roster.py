@@ -295,6 +295,14 @@ ROSTER: dict[str, Entry] = {
         {**TOY, "top_k": 1},
         {**RATES, "top_k": (1, 2)},
     ),
+    "inflora": Entry(
+        "atlas",
+        "ranks added per task, all always on, with keys that old inputs do not reach",
+        schemes.inflora.InfLoRA,
+        schemes.inflora.InfLoRALearner,
+        TOY,
+        RATES,
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
