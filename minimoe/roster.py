@@ -303,6 +303,13 @@ ROSTER: dict[str, Entry] = {
         TOY,
         RATES,
     ),
+    "codyra": Entry(
+        "atlas",
+        "ranks added per task, each with one learned weight, driven to 0 where it can be",
+        schemes.codyra.CoDyRA,
+        settings={**TOY, "kappa": 0.003, "begin": 100, "end": 200},
+        tunes={**RATES, "kappa": (0.003, 0.0007, 0.01)},
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
