@@ -310,6 +310,13 @@ ROSTER: dict[str, Entry] = {
         settings={**TOY, "kappa": 0.003, "begin": 100, "end": 200},
         tunes={**RATES, "kappa": (0.003, 0.0007, 0.01)},
     ),
+    "aoe": Entry(
+        "atlas",
+        "whole LoRAs that score themselves, by how strongly they answer",
+        schemes.aoe.AoE,
+        settings={**TOY, "top_k": 3},
+        tunes={**RATES, "top_k": (3, 1, 2)},
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
