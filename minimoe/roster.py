@@ -317,6 +317,13 @@ ROSTER: dict[str, Entry] = {
         settings={**TOY, "top_k": 3},
         tunes={**RATES, "top_k": (3, 1, 2)},
     ),
+    "rank1_pool": Entry(
+        "atlas",
+        "ranks that a batch votes for; of each task the most voted for speak on",
+        schemes.rank1_pool.Rank1Pool,
+        settings={**TOY, "top_k": 6, "keep": 3},
+        tunes={**RATES, "keep": (3, 6)},
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
