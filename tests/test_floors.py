@@ -21,7 +21,7 @@ FLOORS = [
     {"", "lora", "lora_moe", "mora", "adapt"},
     {"many", "trainer"},
     {"continual"},
-    {"schemes"},
+    {"schemes", "rules"},
     {"roster", "peft"},
     {"options", "setting"},
     {"compare", "laws", "studies", "bench"},
