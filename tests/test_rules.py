@@ -3,19 +3,25 @@
 import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from layers import X, arrays, context_of, file_of, grown, network, situation
+from layers import X, arrays, context_of, file_of, filled, grown, network, situation
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE, MoRA
 from minimoe.adapt import adapt, adapters, context, load, parameters, save, unwrap
+from minimoe.continual.probe import dense_gate
 from minimoe.roster import SCHEMES
 from minimoe.rules import (
     keep,
+    merge,
+    nudge,
     prune,
+    quantise,
+    skip,
     use,
 )
 
@@ -25,6 +31,10 @@ RULES = {
     "use": lambda layer: use(layer, X),
     "keep": lambda layer: keep(layer, [0]),
     "prune": lambda layer: prune(layer, X, 1),
+    "merge": lambda layer: merge(layer, [0]),
+    "skip": lambda layer: skip(layer, X),
+    "quantise": lambda layer: quantise(layer, 4),
+    "nudge": lambda layer: nudge(layer, [0], 1.0),
 }
 
 
@@ -174,7 +184,7 @@ class TestKeep:
         assert len(parameters(net)) == len(parameters(fresh))
         assert type(unwrap(net).fc2) is nn.Linear
 
-    @pytest.mark.parametrize("rule", ["keep"])
+    @pytest.mark.parametrize("rule", ["keep", "nudge"])
     def test_hooks_go_with_it(self, rule):
         net = nn.Sequential(nn.Linear(9, 9, dtype=torch.float64))
         net[0].register_forward_hook(lambda module, inputs, y: y + 1)
@@ -200,7 +210,7 @@ class TestKeep:
 
     @pytest.mark.parametrize("experts", [[], [0, 0], [3], [-1], [0, 1.5]])
     def test_experts_that_are_not_there(self, experts):
-        for rule in (keep,):
+        for rule in (keep, merge):
             with pytest.raises(ValueError, match=r"^experts is \[.*\], allowed: some of 0 to 2"):
                 rule(grown("lora_moe"), experts)
 
@@ -308,6 +318,262 @@ class TestPrune:
     def test_n_out_of_range(self, n):
         with pytest.raises(ValueError, match=rf"^n is {n}, allowed: 1 to 3$"):
             prune(grown("lora_moe"), X, n)
+
+
+class TestMerge:
+    @pytest.mark.parametrize("length", [1.0, -2.5])
+    @pytest.mark.parametrize("S", [[0], [1, 2], [0, 2]])
+    def test_duplicate_keys_merge_without_change_under_g_1(self, S, length):
+        layer = grown("lora").eval()
+        keys = layer.frozen_A[:2].clone()
+        layer.frozen_A[2:] = length * keys.flip(0)  # the other way round
+        layer.A.data = 0.5 * keys
+        new = merge(layer, S)
+        assert new.ranks == 2 * len(S)
+        assert torch.allclose(new(X), layer(X), rtol=0, atol=1e-12)
+        assert torch.equal(new.keys, keep(layer, S).keys)
+
+    def test_single_ranks_too(self):
+        layer = grown("flylora", top_k=6).eval()  # all are kept: g = 1
+        layer.frozen_A[2] = layer.frozen_A[0]
+        layer.A[0] = -layer.frozen_A[1]
+        new = merge(layer, [0, 1, 3, 5])
+        assert torch.allclose(new(X), layer(X), rtol=0, atol=1e-12)
+
+    def test_by_hand(self):
+        # the key (2, 1) is most like (3, 0), cosine .89 and not .45: 6 / 9 of its value goes there
+        A = [[3.0, 0.0], [0.0, 1.0], [2.0, 1.0]]
+        layer = by_hand(MoRA, A[:2], [[1.0, 0.0], [0.0, 1.0]])
+        layer.rank = 3
+        layer.A.data = torch.tensor(A).double()
+        layer.B.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]).double()
+        new = merge(layer, [0, 1])
+        assert torch.allclose(new.B, torch.tensor([[7.0, 6.0], [0.0, 1.0]]).double())
+        new = merge(layer, [1, 2])  # and (3, 0) is like (2, 1) alone: 6 / 5 of (1, 0)
+        assert torch.allclose(new.B, torch.tensor([[0.0, 1.0], [10.2, 9.0]]).double())
+
+    @pytest.mark.parametrize("name", SOME)
+    def test_no_other_value_of_the_kept_keys_is_nearer(self, name):
+        layer = grown(name)
+        S = [0, layer.n_experts - 1]
+        new, old = merge(layer, S), keep(layer, S)
+        gained = (new.rows("B") - old.rows("B")).detach()
+        kept = layer.of_ranks(torch.tensor([e in S for e in range(layer.n_experts)]))
+        left = torch.zeros_like(gained)
+        for a, b in zip(layer.keys[~kept].detach(), layer.rows("B")[~kept].detach(), strict=True):
+            update = torch.outer(b, a)
+            fits = [(update @ k / k.dot(k)).outer(k) for k in old.keys.detach()]
+            best = min(range(len(fits)), key=lambda j: (update - fits[j]).norm().item())
+            left[best] += update @ old.keys[best].detach() / old.keys[best].detach().square().sum()
+        assert torch.allclose(gained, left, rtol=0, atol=1e-12) and gained.any()
+        assert not new.frozen_B.requires_grad and new.B.is_leaf
+
+    def test_a_key_or_a_value_of_0(self):
+        layer = grown("lora")
+        layer.frozen_A[0] = 0
+        new = merge(layer, [0])
+        assert torch.equal(new.keys[0], torch.zeros(7).double()) and new.B.isfinite().all()
+        assert torch.equal(new.B[0], layer.frozen_B[0])
+
+
+class TestSkip:
+    def weighted(self, w2, **settings):
+        """Two experts, of which the second has weight w2 of each token, the first 1 - w2."""
+        layer = by_hand(LoRAMoE, [[1.0] * len(w2)] * 2, [[1.0, 0.0], [0.0, 1.0]], experts=2)
+        layer.router.data = torch.tensor([[0.0] * len(w2), [math.log(w / (1 - w)) for w in w2]])
+        layer.router.data = layer.router.data.double()
+        return layer, torch.eye(len(w2), dtype=torch.float64)
+
+    def test_by_hand(self):
+        # w2 / w1 are 1/9, 1/4, 2/3: the median is 1/4, and the first token alone is below it
+        layer, x = self.weighted([0.1, 0.2, 0.4])
+        new = skip(layer, x)
+        wanted = torch.tensor([[1.0, 0.0], [0.8, 0.2], [0.6, 0.4]]).double()
+        assert torch.allclose(new(x), wanted) and torch.allclose(layer(x)[0, 1], wanted[1, 1] / 2)
+        assert torch.equal(new.train()(x), layer.train()(x))  # in evaluation only
+        # beta is of what the rule was shown, and not of padding
+        layer, x = self.weighted([0.1, 0.2, 0.4])
+        new = skip(layer.eval(), x[2:])
+        assert torch.allclose(new(x), torch.tensor([[1.0, 0.0], [1, 0], [0.6, 0.4]]).double())
+        with context(layer, mask=torch.tensor([0, 0, 1])):
+            assert torch.equal(skip(layer, x)(x), new(x))
+
+    @pytest.mark.parametrize("name", ["lora_moe", "smora", "mora", "mosld", "mixture_of_routers"])
+    def test_weights_have_the_sum_they_had(self, name):
+        settings = {"tau": 1.0, "delta": -1.0} if name == "mora" else {}
+        layer = grown(name, top_k=2, **settings).eval()
+        if name == "smora":
+            layer.frozen_expert_bias.abs_()
+            layer.expert_bias.abs_()
+        new = skip(layer, X)
+        g, h = dense_gate(layer, X), dense_gate(new, X)
+        assert torch.allclose(g.sum(-1), h.sum(-1))
+        w = g.unflatten(-1, (-1, layer.block))[..., 0].sort(-1, descending=True).values
+        beta = (w[:, 1] / w[:, 0]).median()
+        alone = w[:, 1] < beta * w[:, 0]
+        assert alone.sum() in range(15, 20)  # all but those from the median on
+        assert torch.equal((h > 0).sum(-1), (2 - alone.long()) * layer.block)
+        assert torch.equal(h[~alone], g[~alone])
+        assert torch.equal(h[alone].argmax(-1), g[alone].argmax(-1))
+
+    @pytest.mark.parametrize("name", ["lora", "alone", "flylora", "adamoe", "adamole"])
+    def test_only_of_two_weights_of_0_or_more(self, name):
+        with pytest.raises(ValueError, match=r"^layer is \w+, allowed: a simplex of two kept"):
+            skip(grown(name).eval(), X)
+        with pytest.raises(ValueError, match="two kept"):
+            skip(grown("lora_moe", top_k=1), X)
+
+
+class TestQuantise:
+    def test_by_hand(self):
+        # 3 bits: 3 steps to the largest, which is 1: 3, -1.5 and .75 round to 3, -2 and 1. The
+        # value: 3 steps to 6: 6, 1 and 3 are 3, .5 and 1.5 steps, which round to 3, 0 and 2
+        layer = by_hand(LoRA, [[1.0, -0.5, 0.25]], [[6.0, 1.0, 3.0]])
+        new = quantise(layer, 3)
+        assert torch.equal(new.A, torch.tensor([[1.0, -2 / 3, 1 / 3]], dtype=torch.float64))
+        assert torch.equal(new.B, torch.tensor([[6.0, 0.0, 4.0]], dtype=torch.float64))
+
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    @pytest.mark.parametrize("name", ALL)
+    def test_each_rank_by_itself_and_nothing_else(self, name, bits):
+        layer = grown(name)
+        new = quantise(layer, bits)
+        again = quantise(new, bits)
+        assert equal_states(new, again)
+        for key, tensor in layer.state_dict().items():
+            other = new.state_dict()[key]
+            if key.removeprefix("frozen_") not in ("A", "B"):
+                assert torch.equal(tensor, other)
+                continue
+            s = tensor.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+            assert ((tensor - other).abs() <= s / 2 * (1 + 1e-12)).all()
+            assert torch.allclose((other / s).round(), other / s, rtol=0, atol=1e-9)
+            assert not torch.equal(tensor, other)
+
+    def test_zero_stays_and_what_is_live_goes_on_learning(self):
+        layer = LoRA(nn.Linear(7, 5), rank=2)
+        new = quantise(layer, 8)
+        assert not new.B.any()
+        new(X.float()).sum().backward()
+        assert new.B.grad.any() and layer.B.grad is None
+
+    @pytest.mark.parametrize("bits", [1, 0, 2.5])
+    def test_bits_out_of_range(self, bits):
+        with pytest.raises(ValueError, match=rf"^bits is {bits}, allowed: whole numbers from 2"):
+            quantise(grown("lora"), bits)
+
+
+ROUTED = ["lora_moe", "smora", "mosld", "adamole", "ld_mole", "sema", "mixture_of_routers"]
+ROUTED += ["lora_moe_plugin", "mask_moe", "meteora", "adamoe", "evomoe", "rexmoe", "mor1e"]
+
+
+class TestNudge:
+    def test_by_hand(self):
+        # logits (0, 0, ln 2): weights (1, 1, 2) / 4; the first two less by ln 2: (1, 1, 4) / 6
+        layer = by_hand(LoRAMoE, [[1.0]], [[1.0]], top_k=3)
+        layer.rank = layer.experts = 3
+        layer.A.data, layer.B.data = torch.ones(3, 1).double(), torch.eye(3).double()
+        layer.router.data = torch.tensor([[0.0], [0.0], [math.log(2)]]).double()
+        x = torch.ones(1, 1).double()
+        g = dense_gate(nudge(layer, [2], math.log(2)), x)
+        assert torch.allclose(g, torch.tensor([[1.0, 1, 4]]).double() / 6)
+        assert dense_gate(nudge(layer, [0], math.inf), x).tolist() == [[1, 0, 0]]
+        assert dense_gate(nudge(layer, [0, 1], math.inf), x).tolist() == [[0.5, 0.5, 0]]
+
+    @pytest.mark.parametrize("name", ROUTED)
+    def test_0_is_the_identity_and_the_router_stays(self, name):
+        layer = grown(name).eval()
+        given = context_of(layer, 40)
+        for delta in (0.0, 3.0):
+            new = nudge(layer, [0], delta)
+            assert equal_states(new, layer)
+            same = torch.equal(answers(new, X, given), answers(layer, X, given))
+            assert same == (delta == 0) or name == "mask_moe"
+
+    @pytest.mark.parametrize(
+        "name", [n for n in ROUTED if n not in ("mask_moe", "mor1e", "adamoe")]
+    )
+    def test_inf_leaves_the_preferred_alone_to_speak(self, name):
+        layer = grown(name).eval()
+        if name == "smora":
+            layer.frozen_expert_bias.zero_()
+            layer.expert_bias.zero_()
+        given, S = context_of(layer, 40), [0, layer.n_experts - 1]
+        new = nudge(layer, S, math.inf)
+        with context(new, **given):
+            share = use(new, X)
+        others = [e for e in range(layer.n_experts) if e not in S]
+        assert not share[others].any() and share.sum().item() == pytest.approx(1)
+        assert answers(new, X, given).isfinite().all()
+
+    @pytest.mark.parametrize("name", ["lora_moe", "mosld", "adamole", "sema"])
+    def test_to_a_softmax_it_is_more_for_the_preferred(self, name):
+        layer = grown(name).eval()
+        new, S = nudge(layer, [1], 0.7), [1]
+
+        def more(x, key):
+            l = type(layer).project(layer, x, key)
+            if key == "router":
+                l[..., S] += 0.7
+            return l
+
+        other = copy.deepcopy(layer)
+        other.project = more
+        assert torch.allclose(new(X), other(X), rtol=0, atol=1e-12)
+
+    def test_use_of_one_domain_beyond_the_general_says_whom(self):
+        layer = grown("lora_moe", top_k=1).eval()
+        e = layer.logits(X).argmax(-1)
+        task = X[e == 1][:3]
+        S = (use(layer, task) - use(layer, X)).topk(1).indices
+        assert S.tolist() == [1] and use(nudge(layer, S, 50.0), X).tolist() == [0, 1, 0]
+
+    def test_in_evaluation_only_and_after_growing_too(self):
+        layer = grown("lora_moe")
+        new = nudge(layer, [1], 2.0)
+        assert torch.equal(new.train()(X), layer.train()(X))
+        new.eval().grow()
+        filled(new)
+        twin = LoRAMoE(new.base, **new.settings()).double().eval()
+        twin.load_state_dict(new.state_dict())  # no file holds the rule
+        assert torch.equal(twin.logits(X)[:, 1], new.logits(X)[:, 1])
+        assert torch.allclose(twin.logits(X)[:, [0, 2, 3]] - 2, new.logits(X)[:, [0, 2, 3]])
+
+    def test_gradients_pass(self):
+        layer = grown("lora_moe").eval()
+        x = X.clone().requires_grad_()
+        for new in (nudge(layer, [1], 1.0), skip(layer, X)):
+            new(x).sum().backward()
+            assert new.router.grad.any() and x.grad.isfinite().all()
+
+    @pytest.mark.parametrize("name", ["lora", "mora", "flylora", "alone", "dselect_k"])
+    def test_without_a_router(self, name):
+        with pytest.raises(ValueError, match=r"^layer is \w+, allowed: schemes with a router$"):
+            nudge(grown(name), [0], 1.0)
+
+    def test_settings_out_of_range(self):
+        layer = grown("lora_moe")
+        for experts in ([], [3], [-1], [1, 1]):
+            with pytest.raises(
+                ValueError, match=r"^experts is \[.*\], allowed: some of 0 to 2, each"
+            ):
+                nudge(layer, experts, 1.0)
+        for delta in (-1.0, math.nan):
+            with pytest.raises(ValueError, match=rf"^delta is {delta}, allowed: 0 or more$"):
+                nudge(layer, [0], delta)
+
+
+def test_rules_add_up_and_a_copy_has_its_own():
+    layer = grown("lora_moe").eval()
+    new = skip(nudge(layer, [1], 1.0), X)
+    beta = new.gate.args[1]
+    for other in (copy.deepcopy(new), pickle.loads(pickle.dumps(new)), keep(new, [0, 1, 2])):
+        assert torch.equal(other(X), new(X)) and other.gate.args == (other, beta)
+        assert other.project.args[0] is other
+        with torch.no_grad():
+            other.router += 1 - 2 * torch.rand_like(other.router)
+        assert not torch.equal(other(X), new(X))
+    assert not torch.equal(new(X), skip(layer, X)(X))
 
 
 @pytest.mark.parametrize("rule", RULES)
