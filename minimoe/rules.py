@@ -2,7 +2,9 @@
 
 use, keep, prune         how much each expert is used; some of them; the best of them
 merge, skip, quantise    those kept take in the others; a weak second falls silent; fewer bits
-nudge                    a router that prefers some
+nudge, upcycle           a router that prefers some; one LoRA as many experts
+extract, merged          one expert as LoRA; all of them in a plain linear layer
+choose_experts           of whole adapted models, a few that are able and unlike
 
 An expert is what has one weight: a rank, or a block of them (Claims.expert). The layer given stays
 as it is. The new one stands on the same base, and may take its place: `net.fc1 = keep(net.fc1, S)`.
@@ -16,17 +18,23 @@ RuntimeError if it is merged.
 """
 
 import copy
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import Adapter, Gate, require
 from .continual.probe import dense_gate
 from .frozen import with_room
+from .hooks import move_hooks
+from .lora import LoRA
+from .lora_moe import LoRAMoE
+from .saving import adapters
 from .sparse import TINY, rank_sparse
 
 
@@ -179,6 +187,91 @@ def _nudged(layer: Adapter, S: list[int], delta: float, x: Tensor, name: str) ->
     return (l.unflatten(-1, (len(less), -1)) + less).flatten(-2)  # an expert may have several rows
 
 
+def upcycle(
+    layer: LoRA, experts: int, scheme: type[LoRAMoE] = LoRAMoE, noise: float = 0.0, **settings: Any
+) -> Any:
+    """A LoRA as `experts` copies of it, all live, under a fresh router: of another scheme, with its
+    settings (sparse upcycling, as in CLIP-UP, 2502.00965). E · R ranks must fit the layer.
+
+    Weights that sum to 1 leave the output as it was, whatever the router says; a top k that is not
+    renormalised (AdaMoE) scales the update by Σ p of the kept. While copies are alike the router
+    has no gradient: noise, N(0, noise²) on values, makes them differ.
+
+    Raises ValueError if layer is no LoRA, experts < 1 or noise < 0, and what the scheme raises.
+    """
+    require(isinstance(layer, LoRA), "layer", type(layer).__name__, "LoRA")
+    require(experts >= 1, "experts", experts, "1 or more")
+    require(noise >= 0, "noise", noise, "0 or more")
+    A, B = (layer.rows(name).detach().repeat(experts, 1) for name in ("A", "B"))
+    B = B + noise * torch.randn_like(B)
+    return _instead(layer, scheme, A, B, experts=experts, **settings)
+
+
+def extract(layer: Adapter, expert: int) -> LoRA:
+    """One expert at weight 1, as a LoRA: the same as the whole layer wherever that gives this one
+    weight 1 and no other any, as ToldLoRA does by its label, and a renormalised top 1 (task-level
+    routing, 2110.03742). Raises ValueError if expert is not in 0 to E - 1."""
+    one = keep(layer, [expert])
+    return _instead(layer, LoRA, one.keys, one.rows("B"))
+
+
+@torch.no_grad()
+def merged(layer: Adapter, weights: Tensor | Sequence[float] | float) -> nn.Linear:
+    """A plain linear layer of W0 + scale · Σ_e w_e ΔW_e (O, D), and base's bias; weights: one for
+    each expert, or for all. 1 is LoRA itself; 1 / E a soup of the experts, any other number task
+    arithmetic (2212.04089). Raises ValueError if weights are neither, RuntimeError as LoRA.merge.
+    """
+    copied, base, E = _copy(layer), layer.base, layer.n_experts
+    layer.require_plain_weight()
+    w = torch.as_tensor(weights, dtype=layer.dtype, device=layer.B.device)
+    require(w.shape in ((), (E,)), "weights", tuple(w.shape), f"() and ({E},)")
+    W0 = base.weight if isinstance(base, nn.Linear) else base.weight.T  # transformers' Conv1D
+    plain = nn.Linear(layer.in_features, layer.out_features, base.bias is not None).to(W0)
+    plain.weight.copy_(W0 + _delta(layer, layer.of_ranks(w.expand(E))))
+    if base.bias is not None:
+        plain.bias.copy_(base.bias)
+    move_hooks(copied, plain)
+    return plain.requires_grad_(False).train(layer.training)
+
+
+@torch.no_grad()
+def choose_experts(candidates: Sequence[nn.Module], x: Tensor, y: Tensor, n: int) -> list[int]:
+    """Which of some adapted models to take, at most n, by a few examples: x, and classes y (N,) of
+    which a model(x) gives logits (N, C). (Yang et al., 2408.15915: by performance, perplexity and
+    diversity. Reconstructed.)
+
+    Able is one that is right more often than its commonest class is, with a mean cross-entropy
+    below ln C. First comes the best of them: most often right, then by cross-entropy. Then always
+    the one least like its likest among those taken, by the cosine of ΔW, all layers as one vector;
+    what repeats one is not taken. Raises ValueError if n < 1, or the adapted layers' sizes differ.
+    """
+    require(n >= 1, "n", n, "1 or more")
+    deltas = [[_delta(a).double().flatten() for _, a in adapters(model)] for model in candidates]
+    sizes = [[len(delta) for delta in one] for one in deltas]
+    same = bool(sizes) and all(one == sizes[0] != [] for one in sizes)
+    require(same, "candidates", sizes, "some, adapted alike")
+    scores = []
+    for i, model in enumerate(candidates):
+        l = model(x)
+        wrong, loss = float((l.argmax(-1) != y).sum()), float(F.cross_entropy(l, y))
+        if wrong < len(y) - y.bincount().max() and loss < math.log(l.shape[-1]):
+            scores.append((wrong, loss, i))
+    able = [i for *_, i in sorted(scores)]
+    unit = F.normalize(torch.stack([torch.cat(delta) for delta in deltas]), dim=-1)
+    far, taken = 1 - unit @ unit.T, able[:1]
+    while able and len(taken) < n:
+        best = max(able, key=lambda i: far[i, taken].min())
+        if far[best, taken].min() < 1e-6:
+            break
+        taken.append(best)
+    return taken
+
+
+def _delta(layer: Adapter, g: Tensor | float = 1.0) -> Tensor:
+    """scale · Σ over ranks of g_i B_i A_iᵀ (O, D)."""
+    return layer.scale * (g * layer.rows("B").T) @ layer.keys
+
+
 def _said(layer: Adapter, x: Tensor) -> Tensor:
     """The update (tokens, O) of x; nothing is left beside it."""
     x = layer.samples_first(layer.cast(x))
@@ -213,3 +306,16 @@ def _copy(layer: Adapter) -> Any:
     """The layer again, on the same base, with the same hooks."""
     same = (_known(layer).base, layer.use)  # hooks of the base know its use
     return copy.deepcopy(layer, {id(part): part for part in same})
+
+
+def _instead(layer: Adapter, scheme: type[Adapter], A: Tensor, B: Tensor, **settings: Any) -> Any:
+    """A layer of another scheme with these ranks, to take this one's place."""
+    one = _copy(layer)
+    new = scheme(one.base, rank=len(A), scale=one.scale, **settings)
+    for name in ("name", "tied", "warned", "use", "path", "batch_first", "training"):
+        setattr(new, name, getattr(one, name))
+    for tensor in (*new.parameters(recurse=False), *new.buffers(recurse=False)):
+        tensor.data = tensor.data.to(one.dtype if tensor.is_floating_point() else tensor.dtype)
+    new.A.data, new.B.data = A.detach().clone(), B.detach().clone()
+    move_hooks(one, new)
+    return new

@@ -13,15 +13,20 @@ from torch import nn
 
 from minimoe import LoRA, LoRAMoE, MoRA
 from minimoe.adapt import adapt, adapters, context, load, parameters, save, unwrap
+from minimoe.continual.baselines import ToldLoRA
 from minimoe.continual.probe import dense_gate
 from minimoe.roster import SCHEMES
 from minimoe.rules import (
+    choose_experts,
+    extract,
     keep,
     merge,
+    merged,
     nudge,
     prune,
     quantise,
     skip,
+    upcycle,
     use,
 )
 
@@ -35,6 +40,9 @@ RULES = {
     "skip": lambda layer: skip(layer, X),
     "quantise": lambda layer: quantise(layer, 4),
     "nudge": lambda layer: nudge(layer, [0], 1.0),
+    "upcycle": lambda layer: upcycle(layer, 2),
+    "extract": lambda layer: extract(layer, 0),
+    "merged": lambda layer: merged(layer, 1.0),
 }
 
 
@@ -184,7 +192,7 @@ class TestKeep:
         assert len(parameters(net)) == len(parameters(fresh))
         assert type(unwrap(net).fc2) is nn.Linear
 
-    @pytest.mark.parametrize("rule", ["keep", "nudge"])
+    @pytest.mark.parametrize("rule", ["keep", "extract", "upcycle", "merged", "nudge"])
     def test_hooks_go_with_it(self, rule):
         net = nn.Sequential(nn.Linear(9, 9, dtype=torch.float64))
         net[0].register_forward_hook(lambda module, inputs, y: y + 1)
@@ -574,6 +582,215 @@ def test_rules_add_up_and_a_copy_has_its_own():
             other.router += 1 - 2 * torch.rand_like(other.router)
         assert not torch.equal(other(X), new(X))
     assert not torch.equal(new(X), skip(layer, X)(X))
+
+
+class TestUpcycle:
+    @pytest.mark.parametrize("top_k", [1, 2, 3])
+    @pytest.mark.parametrize("tasks", [1, 2])
+    def test_no_router_changes_the_output_where_weights_sum_to_1(self, tasks, top_k):
+        layer = grown("lora", D=16, O=15, tasks=tasks)
+        x = torch.randn(40, 16, dtype=torch.float64)
+        new = upcycle(layer, 3, top_k=top_k)
+        assert type(new) is LoRAMoE and new.n_experts == 3 and new.block == 2 * tasks
+        assert not len(new.frozen_B) and new.B.dtype == new.router.dtype == torch.float64
+        for std in (0.02, 5.0):
+            new.router.data.normal_(std=std)
+            assert torch.allclose(new(x), layer(x), rtol=0, atol=1e-12)
+
+    def test_a_top_k_that_is_not_renormalised_scales_the_update(self):
+        layer = grown("lora", D=16, O=15, tasks=1)
+        x = torch.randn(40, 16, dtype=torch.float64)
+        new = upcycle(layer, 4, SCHEMES["adamoe"], top_k=2)
+        new.router.data.normal_()
+        p = (x @ new.router.T).softmax(-1).topk(2).values.sum(-1, keepdim=True)
+        update = layer(x) - layer.base(x)
+        assert (p < 0.99).any()
+        assert torch.allclose(new(x), layer.base(x) + p * update, rtol=0, atol=1e-12)
+
+    def test_the_router_learns_once_copies_differ(self):
+        layer = grown("lora", D=16, O=15, tasks=1)
+        x = torch.randn(40, 16, dtype=torch.float64)
+        for noise in (0.0, 0.1):
+            new = upcycle(layer, 3, noise=noise).train()
+            (new(x) * torch.randn(40, 15)).sum().backward()
+            assert (new.router.grad.abs().max() > 1e-9) == (noise > 0)
+            assert new.A.grad.any() and new.B.grad.any()
+        moved = (new.B - layer.B.repeat(3, 1)).detach()
+        assert 0.07 < moved.std() < 0.13 and torch.equal(new.A, layer.A.repeat(3, 1))
+
+    def test_in_a_model_in_its_own_dtype(self, tmp_path):
+        net = adapt(nn.Sequential(nn.Linear(6, 9)), LoRA, "0", rank=2, dtype=torch.bfloat16)
+        filled(net[0])
+        y = net(torch.ones(1, 6))
+        net[0] = upcycle(net[0], 3, top_k=1)
+        assert net[0].name == "0" and {p.dtype for p in parameters(net)} == {torch.bfloat16}
+        assert torch.allclose(net(torch.ones(1, 6)), y, atol=0.05) and net.training
+        save(net, tmp_path / "a.safetensors")
+        fresh = adapt(nn.Sequential(nn.Linear(6, 9)), LoRAMoE, "0", **net[0].settings())
+        load(fresh.bfloat16(), tmp_path / "a.safetensors")
+        assert torch.equal(fresh[0].router, net[0].router)
+
+    def test_settings_out_of_range(self):
+        layer = LoRA(nn.Linear(7, 5), rank=2)
+        for settings, message in (
+            ({"experts": 0}, "experts is 0, allowed: 1 or more"),
+            ({"experts": 3}, "rank is 6, allowed for this layer: 1 to 5"),
+            ({"experts": 2, "noise": -1.0}, "noise is -1.0, allowed: 0 or more"),
+            ({"experts": 2, "top_k": 0}, "top_k is 0, allowed: 1 or more"),
+        ):
+            with pytest.raises(ValueError, match=f"^{message}$"):
+                upcycle(layer, **settings)
+        with pytest.raises(ValueError, match=r"^layer is MoRA, allowed: LoRA$"):
+            upcycle(grown("mora"), 2)
+
+
+class TestExtract:
+    @pytest.mark.parametrize("path", ["auto", "plain", "dense", "gather"])
+    @pytest.mark.parametrize("e", [0, 1, 2])
+    def test_of_a_layer_that_is_told_it_equals_the_whole_bit_for_bit(self, e, path):
+        layer, x = eighths(grown(ToldLoRA).eval())
+        layer.path = path
+        new = extract(layer, e)
+        assert type(new) is LoRA and new.ranks == 2 and new.path == path
+        assert torch.equal(new(x), answers(layer, x, {"label": torch.full((40,), e)}))
+
+    @pytest.mark.parametrize("name", ["lora_moe", "mora", "smora", "alone", "mosld", "meteora"])
+    def test_it_equals_the_whole_where_it_has_weight_1_alone(self, name):
+        layer = grown(name, **({} if name == "alone" else {"top_k": 1})).eval()
+        if name == "mora":
+            layer.delta = -1.0
+        e = dense_gate(layer, X).unflatten(-1, (-1, layer.block))[..., 0].argmax(-1)
+        y = layer(X)
+        for one in e.unique().tolist():
+            y_one = extract(layer, one)(X)
+            assert torch.allclose(y_one[e == one], y[e == one], rtol=0, atol=1e-12)
+        assert len(e.unique()) > 1
+
+    def test_it_is_a_lora_that_learns_and_merges(self):
+        layer = grown("lora_moe", scale=0.3)
+        new = extract(layer, 1)
+        assert new.scale == 0.3 and new.rank == 2
+        new(X).sum().backward()
+        assert new.A.grad.any() and not layer.frozen_A.requires_grad
+        y, base = new(X), copy.deepcopy(layer.base)
+        new.merge()
+        assert torch.allclose(new(X), y, rtol=0, atol=1e-12)
+        new.unmerge()
+        assert torch.equal(layer.base.weight, base.weight)
+        with pytest.raises(ValueError, match=r"^experts is \[3\], allowed: some of 0 to 2"):
+            extract(layer, 3)
+
+
+class TestMerged:
+    @pytest.mark.parametrize("name", SOME)
+    def test_loops(self, name):
+        layer, rows = grown(name, scale=0.3), arrays(grown(name, scale=0.3))
+        E, r = layer.n_experts, layer.block
+        rows["A"], rows["B"] = (t.detach().numpy() for t in (layer.keys, layer.rows("B")))
+        w, W = torch.randn(E).tolist(), layer.base.weight.numpy().copy()
+        for i in range(layer.ranks):
+            W += 0.3 * w[i // r] * np.outer(rows["B"][i], rows["A"][i])
+        new = merged(layer, w)
+        assert type(new) is nn.Linear and torch.equal(new.bias, layer.base.bias)
+        np.testing.assert_allclose(new.weight, W, rtol=0, atol=1e-12)
+        assert not new.weight.requires_grad and new.weight.is_contiguous()
+
+    def test_one_for_all(self):
+        layer = grown("lora")
+        assert torch.allclose(merged(layer, 1.0)(X), layer(X), rtol=0, atol=1e-12)
+        layer = grown("lora_moe")
+        soup = sum(extract(layer, e)(X) for e in range(3)) / 3
+        assert torch.allclose(merged(layer, 1 / 3)(X), soup, rtol=0, atol=1e-12)
+        assert torch.equal(merged(layer, 0)(X), layer.base(X))
+        one = merged(layer, torch.eye(3)[1])
+        assert torch.allclose(one(X), extract(layer, 1)(X), rtol=0, atol=1e-12)
+
+    def test_in_the_bases_dtype_without_a_bias(self):
+        layer = LoRAMoE(nn.Linear(7, 5, bias=False, dtype=torch.bfloat16), rank=2).eval()
+        new = merged(layer, 1.0)
+        assert new.bias is None and new.weight.dtype == torch.bfloat16 and not new.training
+        assert torch.equal(new.weight, layer.base.weight) and new.weight is not layer.base.weight
+
+    def test_conv1d(self):
+        Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        layer = filled(LoRA(Conv1D(5, 7), rank=2).eval())
+        assert torch.allclose(merged(layer, 1.0)(X.float()), layer(X.float()), atol=1e-5)
+
+    def test_weights_of_another_number(self):
+        for weights, shape in (([1.0, 2.0], r"\(2,\)"), ([[1.0]], r"\(1, 1\)")):
+            message = rf"^weights is {shape}, allowed: \(\) and \(3,\)$"
+            with pytest.raises(ValueError, match=message):
+                merged(grown("lora_moe"), weights)
+        with pytest.raises(RuntimeError, match="cannot be merged"):
+            merged(LoRA(nn.utils.parametrizations.weight_norm(nn.Linear(7, 5)), rank=2), 1.0)
+
+
+class TestChooseExperts:
+    x = torch.eye(4).repeat(3, 1)  # of four classes
+    y = torch.arange(4).repeat(3)
+
+    def candidate(self, answer, rank=4):
+        """A model of logits x · answer, answer (4, 4) being a LoRA's update."""
+        net = adapt(nn.Sequential(nn.Linear(4, 4, bias=False)), LoRA, "0", rank=rank)
+        nn.init.zeros_(net[0].base.weight)
+        net[0].A.data, net[0].B.data = torch.eye(4), torch.as_tensor(answer)
+        return net.eval()
+
+    def test_of_two_copies_of_the_best_only_one_is_taken(self):
+        best, other = 9 * torch.eye(4), 2 * torch.eye(4) - torch.eye(4).roll(1, 0)
+        nets = [self.candidate(t) for t in (other, best, best)]
+        assert choose_experts(nets, self.x, self.y, 1) == [1]
+        assert choose_experts(nets, self.x, self.y, 2) == [1, 0]
+        assert choose_experts(nets, self.x, self.y, 3) == [1, 0]
+        scaled = self.candidate(3 * best)  # a copy at another length is a copy
+        assert choose_experts([*nets, scaled], self.x, self.y, 4) == [3, 0]
+
+    def test_one_at_chance_is_never_taken(self):
+        eye, constant = torch.eye(4), torch.zeros(4, 4)
+        constant[:, 0] = 9
+        sure = -9 * eye  # right in one of four, and sure of what is wrong
+        sure[0, 0] = 9
+        half = 30 * eye.roll(1, 1)  # half are right, but the others are far off
+        half[:2] = eye[:2]
+        nets = [self.candidate(t) for t in (constant, 0 * eye, sure, half, eye)]
+        assert choose_experts(nets, self.x, self.y, 5) == [4]
+        assert choose_experts(nets[:-1], self.x, self.y, 5) == []
+        # always answering 0 is right in 9 of 12 here, and a good guess, but no skill
+        y = torch.tensor([0] * 9 + [1, 2, 3])
+        assert choose_experts([self.candidate(constant / 9)], self.x[y], y, 1) == []
+
+    def test_then_the_least_alike(self):
+        eye, part = torch.eye(4), torch.eye(4)[0].diag()
+        near, far = 8 * eye + 2 * part, 4 * eye - 2 * part + eye.roll(1, 0)
+        nets = [self.candidate(t) for t in (near, 9 * eye, far)]
+        assert choose_experts(nets, self.x, self.y, 2) == [1, 2]
+        assert choose_experts(nets, self.x, self.y, 3) == [1, 2, 0]
+
+    def test_cosines_are_of_all_layers_and_of_ranks_however_many(self):
+        def net(first, second, rank):
+            layers = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+            adapt(layers, LoRA, "[01]", rank=rank)
+            for layer, answer in zip(layers, (first, second), strict=True):
+                layer.base.weight.copy_(torch.eye(4))
+                layer.A.data = torch.eye(4)[:rank]
+                layer.B.data = torch.as_tensor(answer)[:rank]
+            return layers.eval()
+
+        eye = torch.eye(4)
+        top = eye.clone()
+        top[2:] = 0
+        nets = [net(9 * eye, eye, 4), net(9 * eye, 0 * eye, 4), net(9 * top, 0 * top, 2)]
+        # cosines with the first: 9 / √82 and 9 · 2 / (√(82 · 4) √2 · 9) · ...: the last is farthest
+        assert choose_experts(nets, self.x, self.y, 3) == [0, 2, 1]
+
+    def test_settings_out_of_range(self):
+        nets = [self.candidate(torch.eye(4))]
+        with pytest.raises(ValueError, match=r"^n is 0, allowed: 1 or more$"):
+            choose_experts(nets, self.x, self.y, 0)
+        for others in ([], [nn.Linear(4, 4)], [*nets, nn.Linear(4, 4)]):
+            message = r"^candidates is \[.*\], allowed: some, adapted alike$"
+            with pytest.raises(ValueError, match=message):
+                choose_experts(others, self.x, self.y, 1)
 
 
 @pytest.mark.parametrize("rule", RULES)
