@@ -146,6 +146,8 @@ class TestKeep:
         new = keep(layer, [0, 2])
         assert torch.equal(new.frozen_A, a[0]) and torch.equal(new.A, a[2])
         assert new.rank == 2 and len(new.frozen_router) == len(new.router) == 1
+        for tensor in (new.frozen_A, new.A):  # no more is saved or copied with it
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
         new = keep(layer, [0, 1])  # the live one is gone: the last one left takes its place
         assert torch.equal(new.frozen_A, a[0]) and torch.equal(new.A, a[1])
         assert [n for n, p in new.named_parameters() if p.requires_grad] == ["A", "B", "router"]
@@ -315,6 +317,15 @@ class TestPrune:
         assert equal_states(prune(layer, torch.eye(2), 1), keep(layer, [1]))
         with context(layer, mask=torch.tensor([1, 0])):
             assert equal_states(prune(layer, torch.eye(2), 1), keep(layer, [0]))
+
+    @pytest.mark.parametrize("rule", [lambda layer, x: prune(layer, x, 1), skip])
+    def test_tokens_first(self, rule):
+        layer, x, mask = grown("lora_moe").eval(), X.view(5, 8, 7), torch.rand(5, 8) < 0.5
+        with context(layer, mask=mask):
+            new = rule(layer, x)
+            layer.batch_first = False
+            other = rule(layer, x.transpose(0, 1))
+        assert equal_states(new, other) and torch.equal(new(X), other(X))
 
     def test_it_leaves_no_loss(self):
         layer = grown("lora_moe", balance=1.0).train()
@@ -630,6 +641,24 @@ class TestUpcycle:
         load(fresh.bfloat16(), tmp_path / "a.safetensors")
         assert torch.equal(fresh[0].router, net[0].router)
 
+    def test_buffers_that_are_no_numbers_stay_so(self):
+        net = adapt(nn.Sequential(nn.Linear(6, 9)), LoRA, "0", rank=2, dtype=torch.bfloat16)
+        filled(net[0])
+        new = upcycle(net[0], 3, SCHEMES["mask_moe"], classes=4, rare=1)
+        assert new.M.dtype == torch.bool and new.M.sum() == 1 + 3 * 2
+        x = torch.randn(8, 6)
+        y = answers(new, x, {"token_class": torch.randint(4, (8,))})
+        assert torch.allclose(y, net(x), atol=0.2)
+
+    def test_it_stands_as_the_lora_stood(self):
+        layer = grown("lora", D=16, O=15, tasks=1, scale=0.3)
+        layer.path, layer.batch_first, layer.tied, layer.name = "dense", False, "head", "fc"
+        layer.base.eval()
+        for new in (upcycle(layer, 2), extract(layer, 0), keep(layer, [0])):
+            for name in ("path", "batch_first", "tied", "name", "scale", "training", "use"):
+                assert getattr(new, name) is getattr(layer, name)
+            assert not new.base.training
+
     def test_settings_out_of_range(self):
         layer = LoRA(nn.Linear(7, 5), rank=2)
         for settings, message in (
@@ -808,6 +837,8 @@ def test_what_is_given_stays_as_it_is(rule):
     makes = rule in ("upcycle", "extract", "merged")  # a layer of another kind, as its class does
     assert makes or torch.equal(torch.get_rng_state(), drawn)
     if isinstance(new, nn.Module):
+        for tensor in (*new.parameters(), *new.buffers()):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
         ours = {t.data_ptr() for n, t in layer.state_dict().items() if n not in ("weight", "bias")}
         assert not ours & {t.data_ptr() for t in new.state_dict().values()}
         assert rule == "merged" or new.base is layer.base
