@@ -78,11 +78,12 @@ class TestEvoMoE:
         assert speak == sorted(speak, reverse=True) and speak[0] > 3 and speak[-1] == 1
 
     def test_noise_is_gumbels(self):
-        # argmax of l + n is drawn from softmax(l): of logits (ln 3, 0) the first 3 times in 4
-        layer = EvoMoE(nn.Linear(1, 1), rank=1, start=1e-3, end=1e-3)
-        layer.grow()
-        layer.frozen_router.fill_(math.log(3))
-        layer.router.data.zero_()
+        # argmax of l + n is drawn from softmax(l), here (.6, .3, .1); the wrong tail of the same
+        # noise would draw otherwise
+        layer, p = EvoMoE(nn.Linear(1, 1), rank=1, start=1e-3, end=1e-3), [0.6, 0.3, 0.1]
+        layer.grow(), layer.grow()
+        layer.frozen_router[:, 0] = torch.tensor(p[:2]).log()
+        layer.router.data.fill_(math.log(p[2]))
         w = layer.gate(torch.ones(20000, 1)).weight
-        assert abs((w[:, 0] > 0.5).float().mean() - 0.75) < 0.015
+        assert torch.allclose((w > 0.5).float().mean(0), torch.tensor(p), atol=0.015)
         assert torch.equal(layer.eval().gate(torch.ones(3, 1)).weight[:, 0], torch.ones(3))

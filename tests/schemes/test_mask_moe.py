@@ -89,6 +89,7 @@ class TestMaskMoE:
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
     def test_one_graph_serves_all_classes(self):
         layer, x = several(dtype=torch.float32), torch.randn(6, 7)
+        torch.compiler.reset()
         compiled, answers = torch.compile(layer, backend="aot_eager", fullgraph=True), []
         with torch._dynamo.config.patch(error_on_recompile=True):
             for c in range(5):
