@@ -323,6 +323,12 @@ ROSTER: dict[str, Entry] = {
         schemes.rank1_pool.Rank1Pool,
         settings={**TOY, "top_k": 6, "keep": 3},
         tunes={**RATES, "keep": (3, 6)},
+    "steer_moe": Entry(
+        "atlas",
+        "vectors added to a layer's output, weighed by what the output is",
+        schemes.steer_moe.SteerMoE,
+        settings=TOY,
+        tunes=RATES,
     ),
     "ridge_features": Entry(
         "atlas",

@@ -204,8 +204,8 @@ def test_counts_are_the_docstrings_formulas(case, tasks):
 
 @pytest.mark.parametrize("case", CASES)
 def test_those_who_speak_are_counted(case):
-    """Of 40 tokens, the most ranks that one gives a weight; MoCLE's universal expert beside them,
-    and MoSLD's keys once for all."""
+    """Of 40 tokens, the most ranks that one gives a weight: their keys and values, or what the
+    scheme's own test file says of them."""
     net = network(case, tasks=3).eval()
     layer, x = net.fc1, torch.randn(40, 6, dtype=net.fc1.B.dtype)
     if hasattr(layer, "delta"):
@@ -213,8 +213,8 @@ def test_those_who_speak_are_counted(case):
     with context(net, **context_of(layer, 40)):
         K = int((dense_gate(layer, x) != 0).sum(-1).max())
     D, O, r = 6, 9, layer.rank
-    special = {"mocle": (K + r) * (D + O), "mosld": r * D + K * O}
-    speak = special.get(case.partition(" ")[0], K * (D + O))
+    SPEAKING = getattr(own(case)[1], "SPEAKING", lambda D, O, r, K: K * (D + O))
+    speak = SPEAKING(D, O, r, K)
     assert layer.speaking() == speak or (layer.claims.active_at_most and layer.speaking() > speak)
     assert count(net)["speaking"] == sum(adapter.speaking() for _, adapter in adapters(net))
 

@@ -43,6 +43,10 @@ def ACTIVE(D, O, R, r, E, k):
     return 2 * r * (D + O) + E * 3 + 3
 
 
+def SPEAKING(D, O, r, K):
+    return (K + r) * (D + O)  # the universal expert beside them
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

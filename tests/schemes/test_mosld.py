@@ -42,6 +42,10 @@ def ACTIVE(D, O, R, r, E, k):
     return r * D + E * D + k * r * O
 
 
+def SPEAKING(D, O, r, K):
+    return r * D + K * O  # the keys once for all
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
