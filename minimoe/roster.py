@@ -330,6 +330,13 @@ ROSTER: dict[str, Entry] = {
         settings=TOY,
         tunes=RATES,
     ),
+    "mov": Entry(
+        "atlas",
+        "vectors that scale a layer's output, weighed by what the output is",
+        schemes.mov.MoV,
+        settings=TOY,
+        tunes=RATES,
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
