@@ -337,6 +337,13 @@ ROSTER: dict[str, Entry] = {
         settings=TOY,
         tunes=RATES,
     ),
+    "mofme": Entry(
+        "atlas",
+        "one LoRA for all tasks, whose experts modulate what its keys see",
+        schemes.mofme.MoFME,
+        settings={**TOY, "top_k": 3},
+        tunes={**RATES, "top_k": (3, 1, 2)},
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",

@@ -141,8 +141,8 @@ def test_a_fresh_layer_is_the_base_layer_bit_for_bit_and_can_learn(case, dtype, 
             y = layer(x)
         assert torch.equal(y, before)
         y.sum().backward()
-        # a cluster may choose an old expert, and leave the rest to MoCLE's universal one
-        assert not training or layer.B.grad.any() or layer.UB.grad.any()
+        grads = [p.grad for p in layer.parameters() if p.requires_grad]
+        assert not training or any(grad is not None and grad.any() for grad in grads)
         layer.grow()
 
 
@@ -284,8 +284,9 @@ def test_half_precision_and_autocast_come_near(case, dtype, path):
         y = layer(x) if dtype == "autocast" else layer.to(dtype)(x.to(dtype))
     assert y.dtype == (torch.bfloat16 if dtype == "autocast" else dtype)
     square = y.float().square()
-    # a sum's gradient of MoR1E's w2, behind a factor of 100, is 5e6: beyond float16
-    (batch.aux_loss + (square.mean() if case == "mor1e" else square.sum())).backward()
+    # beyond float16, sums' gradients: of MoR1E's w2, behind a factor of 100, 5e6; MoFME is a square
+    mean = case in ("mor1e", "mofme")
+    (batch.aux_loss + (square.mean() if mean else square.sum())).backward()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.requires_grad)
     # a token may choose another rank where two are within rounding: most must agree
     near = ((y.float() - wanted).norm(dim=1) / wanted.norm(dim=1)) < 0.05
@@ -330,4 +331,4 @@ def test_only_live_rows_learn(case):
     for key in trained.keys() - layer.task_agnostic().keys():
         rows_before = torch.cat([before[f"frozen_{key}"], trained[key]])
         assert torch.equal(after[f"frozen_{key}"], rows_before), key
-    assert torch.equal(layer.B, torch.zeros(2, 5))
+    assert "B" in layer.task_agnostic() or layer.B.any() == layer.fresh()["B"].any()
