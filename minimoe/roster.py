@@ -344,6 +344,14 @@ ROSTER: dict[str, Entry] = {
         settings={**TOY, "top_k": 3},
         tunes={**RATES, "top_k": (3, 1, 2)},
     ),
+    "moore": Entry(
+        "atlas",
+        "whole LoRAs made orthogonal in what they say; told at test which task it is",
+        schemes.moore.MOORE,
+        Oracle,
+        TOY,
+        RATES,
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
