@@ -352,6 +352,14 @@ ROSTER: dict[str, Entry] = {
         TOY,
         RATES,
     ),
+    "poly": Entry(
+        "atlas",
+        "tasks that mix a few LoRAs, keys and values apart; told at test which it is",
+        schemes.poly.Poly,
+        Oracle,
+        TOY,
+        RATES,
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
