@@ -323,6 +323,7 @@ ROSTER: dict[str, Entry] = {
         schemes.rank1_pool.Rank1Pool,
         settings={**TOY, "top_k": 6, "keep": 3},
         tunes={**RATES, "keep": (3, 6)},
+    ),
     "steer_moe": Entry(
         "atlas",
         "vectors added to a layer's output, weighed by what the output is",
@@ -345,7 +346,7 @@ ROSTER: dict[str, Entry] = {
         tunes={**RATES, "top_k": (3, 1, 2)},
     ),
     "moore": Entry(
-        "atlas",
+        "privileged",
         "whole LoRAs made orthogonal in what they say; told at test which task it is",
         schemes.moore.MOORE,
         Oracle,
@@ -353,7 +354,7 @@ ROSTER: dict[str, Entry] = {
         RATES,
     ),
     "poly": Entry(
-        "atlas",
+        "privileged",
         "tasks that mix a few LoRAs, keys and values apart; told at test which it is",
         schemes.poly.Poly,
         Oracle,
@@ -484,7 +485,8 @@ ROSTER: dict[str, Entry] = {
 SCHEMES: dict[str, type[Adapter]] = {
     name: entry.scheme
     for name, entry in ROSTER.items()
-    if entry.scheme is not None and entry.kind in ("scheme", "atlas")
+    if entry.scheme is not None
+    and (entry.kind in ("scheme", "atlas") or entry.scheme.__module__.startswith(schemes.__name__))
 }
 
 

@@ -92,11 +92,11 @@ assert row.verdict == "held"
 # %%
 parts = ["claims", "gate", "active", "fresh", "task_agnostic", "buffer_rows", "after_step", "needs"]
 parts += ["penalty"]
-print(f"{'':15}", *parts)
+print(f"{'':18}", *parts)
 for name, scheme in SCHEMES.items():
     classes = [cls for cls in scheme.__mro__ if issubclass(cls, Adapter) and cls is not Adapter]
     stated = {part for part in parts for cls in classes if part in vars(cls)}
-    print(f"{name:15}", *(f"{'x' if part in stated else '':>{len(part)}}" for part in parts))
+    print(f"{name:18}", *(f"{'x' if part in stated else '':>{len(part)}}" for part in parts))
     assert {"claims", "gate", "active"} <= stated
 
 # %% [markdown]
