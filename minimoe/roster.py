@@ -84,6 +84,12 @@ class Entry:
     path: Path | None = None
     source: str | None = None
 
+    @property
+    def privileged(self) -> bool:
+        """Whether it knows what others do not: by its kind, or one of the atlas that is told at
+        test which task it is."""
+        return self.kind == "privileged" or self.learner is Oracle
+
     def make(self, model: Any, stream: Stream, **changes: Any) -> Learner:
         """A learner on that model, for that stream, with those of the changes that it has as
         settings."""
@@ -346,7 +352,7 @@ ROSTER: dict[str, Entry] = {
         tunes={**RATES, "top_k": (3, 1, 2)},
     ),
     "moore": Entry(
-        "privileged",
+        "atlas",
         "whole LoRAs made orthogonal in what they say; told at test which task it is",
         schemes.moore.MOORE,
         Oracle,
@@ -354,7 +360,7 @@ ROSTER: dict[str, Entry] = {
         RATES,
     ),
     "poly": Entry(
-        "privileged",
+        "atlas",
         "tasks that mix a few LoRAs, keys and values apart; told at test which it is",
         schemes.poly.Poly,
         Oracle,
@@ -485,8 +491,7 @@ ROSTER: dict[str, Entry] = {
 SCHEMES: dict[str, type[Adapter]] = {
     name: entry.scheme
     for name, entry in ROSTER.items()
-    if entry.scheme is not None
-    and (entry.kind in ("scheme", "atlas") or entry.scheme.__module__.startswith(schemes.__name__))
+    if entry.scheme is not None and entry.kind in ("scheme", "atlas")
 }
 
 

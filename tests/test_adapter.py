@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from layers import arrays, context_of, filled, grown, network, own, tokens_each
+from layers import arrays, calm, context_of, filled, grown, network, own, tokens_each
 from torch import nn
 
 from minimoe import LoRAMoE, MoRA
@@ -31,7 +31,7 @@ class TestContext:
     )
     @pytest.mark.parametrize("name", NEEDS)
     def test_every_token_gets_the_context_of_its_sample(self, name, samples, tokens):
-        layer = grown(name)
+        layer = calm(grown(name))
         x = torch.randn(*samples, *tokens, 7, dtype=torch.float64)
         given, flat = context_of(layer, *samples), x.reshape(-1, 7)
         each = tokens_each(given, samples, tokens)
@@ -152,6 +152,8 @@ class TestContext:
     @pytest.mark.parametrize("name", NEEDS)
     def test_a_compiled_model_takes_it_as_an_input(self, name):
         net = network(name)
+        for _, layer in adapters(net):
+            calm(layer)
         x = torch.randn(4, 3, 6)
         torch.compiler.reset()
         compiled = torch.compile(net, backend="aot_eager", fullgraph=True)

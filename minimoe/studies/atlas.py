@@ -112,7 +112,7 @@ def finding(rows: Rows) -> str:
     supported (in a place, all these leads are one family of verdicts.py)."""
     parts = []
     for place in places_of(rows):
-        own = [name for name in names_in(rows, place) if ROSTER[name].kind != "privileged"]
+        own = [name for name in names_in(rows, place) if not ROSTER[name].privileged]
         runs = {name: rows.runs(label_of(place, name), "acc") for name in own}
         means = {name: statistics.fmean(runs[name][0]) for name in own}
         best, *others = order = sorted(means, key=means.__getitem__, reverse=True)

@@ -41,6 +41,14 @@ def own(case):
     return SCHEMES[name], tests, tests.SETTINGS | more
 
 
+def calm(layer):
+    """Without the noise of training."""
+    for name, value in {"dropout": 0.0, "noise": 0.0, "reuse": 1.0}.items():
+        if hasattr(layer, name):
+            setattr(layer, name, value)
+    return layer
+
+
 @torch.no_grad()
 def filled(layer):
     """No value, frozen or live, is zero, and each is one that it can have."""

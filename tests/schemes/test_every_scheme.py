@@ -10,6 +10,7 @@ from layers import (
     OWN,
     PATHS,
     arrays,
+    calm,
     compiled_equals_eager,
     context_of,
     file_of,
@@ -44,14 +45,6 @@ WITH_AUX = [case for case in CASES if hasattr(own(case)[1], "AUX")]
 def rule(case):
     """Whether a case is a rule of routing alone, with the products and the state of others."""
     return case.partition(" ")[0] not in OWN
-
-
-def calm(layer):
-    """Without the noise of training."""
-    for name, value in {"dropout": 0.0, "noise": 0.0, "reuse": 1.0}.items():
-        if hasattr(layer, name):
-            setattr(layer, name, value)
-    return layer
 
 
 @pytest.mark.parametrize(
