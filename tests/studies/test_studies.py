@@ -383,9 +383,9 @@ def test_the_atlas_says_who_is_first_and_who_is_not_told_from_it():
         for seed in (0, 1, 2)
     ]
     accs = {"olora": [0.9, 0.91, 0.92], "ewc": [0.7, 0.9, 1.0], "mora": [0.8, 0.81, 0.83]}
-    accs["joint"] = [1.0, 1.0, 1.0]  # sees all at once, and so is not in the race
+    accs["joint"] = accs["moore"] = [1.0, 1.0, 1.0]  # see all at once, or are told: not in the race
     found = [{"acc": accs.get(c["name"], [0.1, 0.12, 0.12])[c["seed"]]} for c in cells]
-    racing = sum(entry.kind != "privileged" for entry in ROSTER.values())
+    racing = sum(not entry.privileged for entry in ROSTER.values())
     said = atlas.finding(Rows(cells, found))
     assert said == (
         "First of those that are not told the task or shown all at once: on split-digits olora "
