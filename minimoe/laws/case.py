@@ -316,15 +316,20 @@ def same_bits(got: Tensor, want: Tensor, what: str, other: str) -> None:
     """Raise Broken unless all bits are the same (nan is no number, and never the same)."""
     if not torch.equal(got, want):
         near(got, want, what, other)
-        worst = (got - want).detach().abs().max()
+        worst = (numbers(got) - numbers(want)).abs().max()
         raise Broken(f"{what} differs in bits from {other}, by up to {worst:.3g}")
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The tensor, apart from any gradient; of a mask, 0 and 1."""
+    return tensor.detach() if tensor.dtype != torch.bool else tensor.double()
 
 
 def near(got: Tensor, want: Tensor, what: str, other: str, within: float = 1e-9) -> None:
     """Raise Broken, with the worst place, unless equal within `within` of the largest entry."""
     if got.shape != want.shape:
         raise Broken(f"{what} is {tuple(got.shape)}, {other} is {tuple(want.shape)}")
-    got, want = got.detach(), want.detach()
+    got, want = numbers(got), numbers(want)
     off = (got - want).abs()
     if got.numel() and not off.max() <= within * max(1.0, float(want.abs().max())):
         at = int(off.nan_to_num(math.inf).argmax())
