@@ -1,4 +1,4 @@
-"""A few kills, dozens of corruptions, full disks and 300 mistakes (faults.py runs more)."""
+"""A dozen kills, dozens of corruptions, full disks and 300 mistakes (faults.py runs more)."""
 
 import os
 
@@ -14,7 +14,7 @@ import faults
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
     ("part", "count"),
-    [(faults.kills, 6), (faults.corruptions, 40), (faults.errors, 4), (faults.mistakes, 300)],
+    [(faults.kills, 12), (faults.corruptions, 60), (faults.errors, 8), (faults.mistakes, 300)],
 )
 def test_nothing_is_lost_and_no_number_changes(part, count, tmp_path, monkeypatch):
     monkeypatch.setitem(faults.PRETRAIN, "epochs", 1)  # accuracies only have to repeat

@@ -18,7 +18,7 @@ from minimoe.roster import ROSTER, TUNED, names
 from minimoe.studies import STUDIES, answer, stored, tuning
 from minimoe.tools.files import read_json, write_atomic, write_json
 from minimoe.tools.results import CompareResult, StudyResult
-from minimoe.tools.tables import compare_page, findings, short
+from minimoe.tools.tables import compare_page, findings
 
 sys.path.insert(0, str(Path(__file__).parent))
 import schemes_page
@@ -78,16 +78,10 @@ def accuracies() -> str:
         if name in hidden or (ROSTER[name].kind == "atlas" and name != "alone"):
             continue
         rows = [atlas.rows.get(f"{place}, {name}") for place in places]
-        cells = ["–" if row is None else spread(row["acc"]) for row in rows]
+        cells = ["–" if row is None else schemes_page.spread(row["acc"]) for row in rows]
         if any(rows):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(value) -> str:
-    if value.mean is None:
-        return "–"
-    return short(value.mean) + ("" if value.half is None else f" ± {short(value.half)}")
 
 
 def settings() -> dict:

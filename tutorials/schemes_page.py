@@ -110,8 +110,8 @@ def _scheme(name, scheme, rows):
         numbers = ", ".join(
             f"{what} {row[what].mean:,.0f}" for what in ("stored", "read", "speaking")
         )
-        spread = ", ".join(f"{place} {_spread(row['acc'])}" for place, row in rows.items())
-        lines.append(f"On {place}: {numbers} numbers. Final accuracy: {spread}.")
+        accs = ", ".join(f"{place} {spread(row['acc'])}" for place, row in rows.items())
+        lines.append(f"On {place}: {numbers} numbers. Final accuracy: {accs}.")
     return lines
 
 
@@ -125,7 +125,10 @@ def _parts(doc):
     return " ".join(parts[:2]), "\n".join(line[4:] for line in lines.split("\n")), *of.values()
 
 
-def _spread(value):
+def spread(value):
+    """A mean with half its interval, as README has it too."""
+    if value.mean is None:
+        return "–"
     return short(value.mean) + ("" if value.half is None else f" ± {short(value.half)}")
 
 

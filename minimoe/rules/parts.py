@@ -13,8 +13,8 @@ from ..sparse import rank_sparse
 
 def known(layer: Adapter) -> Adapter:
     """The layer, if it is one of which the rules know."""
-    known = isinstance(layer, Adapter) and layer.claims.equation
-    require(known, "layer", type(layer).__name__, "adapters of the one equation")
+    ours = isinstance(layer, Adapter) and layer.claims.equation
+    require(ours, "layer", type(layer).__name__, "adapters of the one equation")
     layer.stop_if_merged()
     return layer
 

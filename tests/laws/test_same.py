@@ -26,7 +26,7 @@ def few(names, quick):
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
-@pytest.mark.parametrize("name", few([*OWN, "evomoe", "mask_moe"], {"mora"}))
+@pytest.mark.parametrize("name", few([*OWN, "meteora", "evomoe", "mask_moe"], {"mora"}))
 def test_a_scheme_is_the_same_as_itself(name):
     rows = same(SCHEMES[name], SCHEMES[name])
     assert [row.law for row in rows] == [step.__name__ for step in STEPS]
