@@ -6,7 +6,9 @@ import inspect
 import re
 import sys
 
-from minimoe.roster import SCHEMES
+from minimoe.roster import ROSTER, SCHEMES
+from minimoe.studies.common import ACC
+from minimoe.studies.verdicts import Comparison, judged
 from minimoe.tools.tables import short
 
 # Methods that need no file: (name, arXiv id or "", how they are had here). Held to their own
@@ -58,6 +60,12 @@ def page(atlas) -> str:
         f"Mean of {len(atlas.seeds)} seeds, 1 at best; a dash where a scheme cannot live or was "
         "not run. Settings are each scheme's best of its trials on held-out data.",
         _table(known, places),
+        "## Who is above MoRA, and who below",
+        "By the verdicts of [findings](../findings/findings.md): at least "
+        f"{short(ACC)} above, or below, over the same seeds, and told from 0, with the difference; "
+        "all who may be above in a place are one family, all who may be below another. Those that "
+        "are told the task at test are marked *.",
+        *(_beside_mora(known, place) for place in places),
     ]
     for name, scheme in SCHEMES.items():
         parts += _scheme(name, scheme, known[name])
@@ -85,6 +93,29 @@ def _table(known, places):
         cells = [short(rows[place]["acc"].mean) if place in rows else "–" for place in places]
         lines.append(f"| [{name}](#{name}) | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _beside_mora(known, place):
+    """Who is told from MoRA in a place, the furthest first."""
+    mora = known["mora"][place]["acc"]
+    others = [name for name, rows in known.items() if place in rows and name != "mora"]
+    words = [f"**{place}**, mora {short(mora.mean)}."]
+    for which, sign in (("Above", 1), ("Below", -1)):
+        pairs = [(_runs(known[name][place]["acc"]), _runs(mora))[::sign] for name in others]
+        family = [Comparison(name, *pair, ACC) for name, pair in zip(others, pairs, strict=True)]
+        told = [v for v in judged(family) if v.verdict == "supported"]
+        told.sort(key=lambda verdict: -verdict.effect)
+        each = [
+            f"{v.label}{'*' if ROSTER[v.label].privileged else ''} {short(v.effect)}" for v in told
+        ]
+        words.append(f"{which}: {', '.join(each) or 'none'}.")
+    return " ".join(words)
+
+
+def _runs(value):
+    """An accuracy's values by seed, and those of its repeats."""
+    every = [value.values, *(value.repeats or [])]
+    return [[float("nan") if v is None else v for v in run] for run in every]
 
 
 def _scheme(name, scheme, rows):

@@ -6,6 +6,8 @@ model: of each input alone, and the same at all times. The task is never given a
 """
 
 import copy
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,3 +87,25 @@ class ClusterLearner(EmbeddingLearner):
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.known = tensors["known"]
         super().load_state({name: t for name, t in tensors.items() if name != "known"})
+
+
+See = Callable[[Tensor, Tensor], None]
+
+
+@torch.no_grad()
+def show(learner: AdapterLearner, task: Task, see: Mapping[Adapter, See]) -> None:
+    """Run a task's training data through the model, and give each layer's `see` what the layer is
+    given, batch by batch: x (N, ..., D), samples first, and the mask (N, ...) of what counts."""
+
+    def pass_on(layer: Adapter, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = layer.samples_first(inputs[0])
+        see[layer](x, layer.mask(x))
+
+    hooks = [layer.register_forward_pre_hook(partial(pass_on, layer)) for layer in see]
+    try:
+        device = next(learner.model.parameters()).device
+        for x, _ in data.batches(task.train, EVALUATED, device=device):
+            data.call(learner.with_context, x)
+    finally:
+        for hook in hooks:
+            hook.remove()

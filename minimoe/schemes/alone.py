@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from ..adapt import adapters
 from ..adapter import Adapter, Gate
 from ..claims import Claims
-from ..continual import data
 from ..continual.learn import AdapterLearner, Fit
-from ..continual.stream import EVALUATED, Stream
+from ..continual.learners import show
+from ..continual.stream import Stream
 from ..sparse import widened
 
 
@@ -94,21 +94,15 @@ class AloneLearner(AdapterLearner):
         layers = [cast(Alone, layer) for _, layer in adapters(self.model)]
         sums = [torch.zeros(layer.in_features + 1, dtype=torch.float64) for layer in layers]
 
-        def add(total: Tensor, layer: Alone, inputs: tuple[Tensor, ...]) -> None:
-            x = layer.samples_first(inputs[0])
-            m = layer.mask(x).unsqueeze(-1)
+        def add(total: Tensor, x: Tensor, mask: Tensor) -> None:
+            m = mask.unsqueeze(-1)
             both = torch.cat([widened(x).where(m > 0, 0), m], -1)  # and how many
             total += both.flatten(0, -2).sum(0).cpu()
 
         pairs = list(zip(layers, sums, strict=True))
-        hooks = [n.register_forward_pre_hook(partial(add, total)) for n, total in pairs]
         for layer in layers:
             layer.train()  # the live experts speak; the rest of the model is as at test
-        with torch.no_grad():
-            for x, _ in data.batches(stream.tasks[t].train, EVALUATED, device=layers[0].B.device):
-                data.call(self.with_context, x)
-            for hook in hooks:
-                hook.remove()
-            for layer, total in pairs:
-                layer.eval()
-                layer.mean.copy_(total[:-1] / total[-1].clamp_min(1))
+        show(self, stream.tasks[t], {layer: partial(add, total) for layer, total in pairs})
+        for layer, total in pairs:
+            layer.eval()
+            layer.mean.copy_(total[:-1] / total[-1].clamp_min(1))

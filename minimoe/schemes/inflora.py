@@ -35,9 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import adapters, grow, parameters
-from ..continual import data
 from ..continual.learn import AdapterLearner, Fit
-from ..continual.stream import EVALUATED, Stream, Task
+from ..continual.learners import show
+from ..continual.stream import Stream, Task
 from ..lora import LoRA
 from ..sparse import widened
 
@@ -89,21 +89,15 @@ class InfLoRALearner(AdapterLearner):
         for layer, C in self.given(task):
             layer.remember(C, 0.95 + 0.05 * t / len(stream.tasks))
 
-    @torch.no_grad()
     def given(self, task: Task) -> Iterable[tuple[InfLoRA, Tensor]]:
         """Every layer, and C (D, D) of what it is given of a task: in float64, on the CPU."""
         layers = [cast(InfLoRA, layer) for _, layer in adapters(self.model)]
         sums = [torch.zeros(layer.in_features, layer.in_features).double() for layer in layers]
 
-        def add(C: Tensor, layer: InfLoRA, inputs: tuple[Tensor, ...]) -> None:
-            x = layer.samples_first(inputs[0])
-            x = widened(x[layer.mask(x) > 0])
+        def add(C: Tensor, x: Tensor, mask: Tensor) -> None:
+            x = widened(x[mask > 0])
             C += (x.T @ x).cpu()
 
         pairs = list(zip(layers, sums, strict=True))
-        hooks = [layer.register_forward_pre_hook(partial(add, C)) for layer, C in pairs]
-        for x, _ in data.batches(task.train, EVALUATED, device=layers[0].B.device):
-            data.call(self.with_context, x)
-        for hook in hooks:
-            hook.remove()
+        show(self, task, {layer: partial(add, C) for layer, C in pairs})
         return pairs

@@ -42,9 +42,9 @@ from torch import Tensor, nn
 from ..adapt import adapters
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
-from ..continual import data
 from ..continual.learn import AdapterLearner, Fit
-from ..continual.stream import EVALUATED, Stream, Task
+from ..continual.learners import show
+from ..continual.stream import Stream, Task
 from ..sparse import widened
 from ..tools.parallel import sum_over_processes
 
@@ -169,20 +169,9 @@ class SEMALearner(AdapterLearner):
         for layer in layers:
             layer.settle(self._seen(layer, task))
 
-    @torch.no_grad()
     def _seen(self, layer: SEMA, task: Task) -> Tensor:
         """The means m of the layer's inputs from a task, padding left out: (samples, 1, D), or
         (samples, D) where there are no tokens."""
         seen: list[Tensor] = []
-
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = layer.samples_first(inputs[0])
-            seen.append(sample_mean(x, layer.mask(x))[0])
-
-        hook = layer.register_forward_pre_hook(keep)
-        try:
-            for x, _ in data.batches(task.train, EVALUATED, device=layer.B.device):
-                data.call(self.with_context, x)
-        finally:
-            hook.remove()
+        show(self, task, {layer: lambda x, mask: seen.append(sample_mean(x, mask)[0])})
         return torch.cat(seen)
