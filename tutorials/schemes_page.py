@@ -23,6 +23,8 @@ CONFIGURATIONS = [
     ("MoCE", "", "`MoCLE(tau=1e-12)`: the cluster's expert at weight 1, no universal one"),
     ("HydraLoRA", "2404.19245", "`MoSLD(dropout=0, top_k=E)`: one key matrix, a dense router"),
     ("TMoE of SPMTrack", "", "the same beside a `LoRA` of the same layer"),
+    ("MoLA", "2402.08562", "`adapt(model, LoRAMoE, targets, experts=E)`, once for each E"),
+    ("CLIP-UP", "", "`rules.upcycle(lora, E)`: copies of one LoRA, and a fresh router"),
 ]  # fmt: skip
 # What a reader may write: (name, arXiv id, what it is, and what judges it).
 EXERCISES = [
@@ -35,6 +37,10 @@ EXERCISES = [
     ("FURINA", "2509.14900", "scores linear in x: it merges into one matrix, so its gate is 1"),
     ("MoSLoRA", "2406.11909", "a learned matrix between A and B: g is not diagonal any more"),
     ("eMoE", "", "predict the next batch's experts by the last's: 1 - `instability`"),
+    ("RoMA", "2511.07419", "`auxiliary` draws a router to those of inputs that are alike"),
+    ("DriftMoE", "2507.18464", "`auxiliary`: which experts were right, as BCE of the logits"),
+    ("X-LoRA", "2402.07148", "`TrainedAlone.route` by a first pass without adapters"),
+    ("KeepLoRA", "", "InfLoRA's P, less the main directions of W0 from the start"),
 ]
 # What is not here, and why.
 DECLINED = [
@@ -42,6 +48,10 @@ DECLINED = [
     ("TreeLoRA", "2506.10355", "a tree of gradients and a bandit, 300 lines for one penalty"),
     ("L2P, DualPrompt, CODA-Prompt", "", "prompts, not adapters of a linear layer"),
     ("JumpLoRA, ELLA", "", "mask the whole update, which is then of no low rank"),
+    ("SD-LoRA", "2501.13198", "one magnitude per task: CoDyRA's weights, one grain up, never zero"),
+    ("GainLoRA", "2505.15424", "InfLoRA and a gate by the same projection; not read in code"),
+    ("RanPAC, RAIL", "2307.02251, 2406.18868", "closed forms, the learner `ridge_features`"),
+    ("SLCA, ZSCL", "", "train the body, or need data of a reference domain"),
     ("SAPT", "2401.08295", "needs replayed samples, one gate for all layers"),
     ("HoME, DeepUnifiedMom, TMMOE, TaskExpert", "", "recommenders' and decoders' own parts"),
     ("BAM's attention experts", "", "attention heads, not linear layers"),

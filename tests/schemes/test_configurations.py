@@ -5,11 +5,11 @@ A test a method, held to the method's own equation or to a sum that is built by 
 
 import pytest
 import torch
-from layers import X, grown, lora_of
+from layers import X, filled, grown, lora_of
 from torch import nn
 
 from minimoe import LoRA, LoRAMoE, MoRA
-from minimoe.adapt import context
+from minimoe.adapt import adapt, adapters, context
 from minimoe.continual.baselines import ToldLoRA
 from minimoe.continual.probe import dense_gate
 from minimoe.schemes.adamoe import AdaMoE
@@ -155,3 +155,15 @@ def test_a_rank_of_mora_is_an_expert_of_the_finest_grain():
         setattr(routed, f"frozen_{name}", values[:-2].detach().clone())
         getattr(routed, name).data = values[-2:].detach().clone()
     assert near(layer(x), routed(x))
+
+
+def test_mola_is_more_experts_in_higher_layers():
+    """Gao et al., arXiv 2402.08562: 2, 4, 6 and 8 experts, the top 2, from below to above."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(8)))
+    for group, experts in enumerate((2, 4, 6, 8)):
+        adapt(model, LoRAMoE, f"{2 * group}|{2 * group + 1}", rank=experts, experts=experts)
+    layers = [layer for _, layer in adapters(model)]
+    assert [layer.n_experts for layer in layers] == [2, 2, 4, 4, 6, 6, 8, 8]
+    for layer in layers:  # whatever their number, two speak
+        g = dense_gate(filled(layer), torch.randn(5, 8))
+        assert g.shape == (5, layer.n_experts) and ((g > 0).sum(-1) == 2).all()
