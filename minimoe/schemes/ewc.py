@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, Normal
 
 from ..adapt import adapters, parameters
 from ..adapter import require
@@ -112,14 +113,8 @@ def fisher_information(
     N = data.count(x)
     for n in range(N):
         answer = data.call(model, data.take(x, slice(n, n + 1)))
-        if real:
-            y = answer.detach() + torch.randn_like(answer)
-            log_p = -(y - answer).square().sum() / 2
-        else:
-            logits = answer.flatten(0, -2)
-            with torch.no_grad():
-                y = torch.multinomial(logits.softmax(-1), 1)
-            log_p = logits.log_softmax(-1).gather(-1, y).sum()
+        p = Normal(answer, 1.0) if real else Categorical(logits=answer)
+        log_p = p.log_prob(p.sample()).sum()
         for total, grad in zip(sums, torch.autograd.grad(log_p, weights), strict=True):
             total += grad.square() / N
     by_weight = {id(w): total for w, total in zip(weights, sums, strict=True)}

@@ -41,12 +41,12 @@ from torch import Tensor, nn
 
 from ..adapt import adapters
 from ..adapter import Adapter, Gate, require
+from ..balance import mean_over_tokens
 from ..claims import Claims
 from ..continual.learn import AdapterLearner, Fit
 from ..continual.learners import show
 from ..continual.stream import Stream, Task
 from ..sparse import widened
-from ..tools.parallel import sum_over_processes
 
 
 class SEMA(Adapter):
@@ -92,9 +92,7 @@ class SEMA(Adapter):
         w = self.project(m, "router").softmax(-1)  # (..., E), 1 for each token axis
         loss = None
         if self.training:
-            eps = self.errors(m.detach())[..., -1]  # of the live descriptor
-            n = sum_over_processes(weight.sum()).clamp_min(1)
-            loss = sum_over_processes((weight * eps).sum()) / n
+            loss = mean_over_tokens(self.errors(m.detach())[..., -1], weight)  # the live one's
         g = self.of_ranks(w).expand(*x.shape[:-1], self.ranks)
         return Gate(None, g, self.project(x, "A"), loss)
 

@@ -9,6 +9,7 @@ from layers import X, arrays, filled, frozen_and_live, grown
 from oracle import gradient, softmax
 from test_lora import lora
 from torch import nn
+from torch.distributions import Categorical
 
 from minimoe import LoRA
 from minimoe.adapt import adapt, context
@@ -164,7 +165,7 @@ def test_fisher_information_is_the_expectation_over_the_models_own_answers(class
 
 def test_each_inputs_slope_is_squared_before_the_mean(monkeypatch):
     """Told by answers that are always 0, whose slopes do not cancel out."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, n: torch.zeros(len(p), n).long())
+    monkeypatch.setattr(Categorical, "sample", lambda p: torch.zeros(p.batch_shape).long())
     net = adapt(Answers(2), LoRA, "fc1", rank=1, scale=0.7)
     n, x = arrays(filled(net.fc1)), torch.randn(4, 3, dtype=torch.float64)
     found, C = fisher_information(net, x)["fc1"], net.classes.detach().numpy()
