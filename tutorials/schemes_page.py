@@ -7,8 +7,9 @@ import re
 import sys
 
 from minimoe.roster import ROSTER, SCHEMES
+from minimoe.studies.atlas import FEW
 from minimoe.studies.common import ACC
-from minimoe.studies.verdicts import Comparison, judged
+from minimoe.studies.verdicts import judged, shared
 from minimoe.tools.tables import short
 
 # Methods that need no file: (name, arXiv id or "", how they are had here). Held to their own
@@ -67,14 +68,15 @@ def page(atlas) -> str:
         "Written by `python tutorials/pages.py`: equations and words are those of each scheme's "
         "own file, numbers those of `minimoe study atlas` ([findings](../findings/findings.md)).",
         "## Final accuracy",
-        f"Mean of {len(atlas.seeds)} seeds, 1 at best; a dash where a scheme cannot live or was "
-        "not run. Settings are each scheme's best of its trials on held-out data.",
+        f"Mean of {len(atlas.seeds)} seeds, of schemes of the atlas but `alone` of {FEW}; 1 at "
+        "best; a dash where a scheme cannot live or was not run. Settings are each scheme's best "
+        "of its trials on held-out data.",
         _table(known, places),
         "## Who is above MoRA, and who below",
         "By the verdicts of [findings](../findings/findings.md): at least "
-        f"{short(ACC)} above, or below, over the same seeds, and told from 0, with the difference; "
-        "all who may be above in a place are one family, all who may be below another. Those that "
-        "are told the task at test are marked *.",
+        f"{short(ACC)} above, or below, over the seeds that both have, and told from 0, with the "
+        "difference; all who may be above in a place are one family, all who may be below "
+        "another. Those that are told the task at test are marked *.",
         *(_beside_mora(known, place) for place in places),
     ]
     for name, scheme in SCHEMES.items():
@@ -112,7 +114,7 @@ def _beside_mora(known, place):
     words = [f"**{place}**, mora {short(mora.mean)}."]
     for which, sign in (("Above", 1), ("Below", -1)):
         pairs = [(_runs(known[name][place]["acc"]), _runs(mora))[::sign] for name in others]
-        family = [Comparison(name, *pair, ACC) for name, pair in zip(others, pairs, strict=True)]
+        family = [shared(name, *pair, ACC) for name, pair in zip(others, pairs, strict=True)]
         told = [v for v in judged(family) if v.verdict == "supported"]
         told.sort(key=lambda verdict: -verdict.effect)
         each = [

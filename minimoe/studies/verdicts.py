@@ -115,6 +115,12 @@ class Comparison:
         return f"{self.label}: {self.effect:+.3f}{spread} ({self.verdict})"
 
 
+def shared(label: str, more: list[Values], less: list[Values], matters: float = 0.0) -> Comparison:
+    """Of runs of which one side may have fewer seeds: of the first, that both have."""
+    n = min(len(more[0]), len(less[0]))
+    return Comparison(label, [run[:n] for run in more], [run[:n] for run in less], matters)
+
+
 def variance(values: np.ndarray) -> float:
     """The sample's; of equal values 0, and not the rounding of their mean."""
     return float(values.var(ddof=1)) if np.ptp(values) else 0.0

@@ -13,7 +13,7 @@ from minimoe.continual.stream import Task
 from minimoe.studies import atlas
 from minimoe.studies.common import ACC, beside
 from minimoe.studies.study import Rows, Study, report
-from minimoe.studies.verdicts import Claim, Comparison, holm, judged, results, together
+from minimoe.studies.verdicts import Claim, Comparison, holm, judged, results, shared, together
 from minimoe.tools.results import Sample, Spread, StudyResult, half_interval, parse, to_json
 from minimoe.tools.tables import cell, study_table
 
@@ -30,6 +30,22 @@ def test_a_comparison_by_hand():
     assert Comparison("", [2.0, 4.0, 6.0], [0.0, 1.0, 2.0]).verdict == "supported"
     assert Comparison("", [0.0, 1.0, 2.0], [2.0, 4.0, 6.0]).verdict == "refuted"
     assert Comparison("", [2.0, 3.0, 4.0], 0.0).verdict == "supported"
+
+
+def test_of_fewer_seeds_those_that_both_have_are_compared():
+    more, less = [[1.0, 3.0, 5.0, 9.0]], [[0.0, 1.0, 2.0], [0.0, 1.0, 2.5]]
+    both = shared("a - b", more, less, 0.5)
+    assert both == Comparison("a - b", [[1.0, 3.0, 5.0]], less, 0.5) and both.effect == 2
+    assert shared("", less, more).effect == -2
+
+
+def test_schemes_of_the_atlas_have_the_first_five_seeds():
+    seeds = {}
+    for run in atlas.cells(range(10, 17), False):
+        if "repeat" not in run:
+            seeds.setdefault(run["row"], []).append(run["seed"])
+    assert seeds["clusters, alone"] == seeds["clusters, mora"] == [*range(10, 17)]
+    assert seeds["clusters, ewc"] == seeds["split-digits, poly"] == [*range(10, 15)]
 
 
 def test_interval_and_p_are_scipys():
