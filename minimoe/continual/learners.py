@@ -8,7 +8,7 @@ model: of each input alone, and the same at all times. The task is never given a
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,22 @@ class EmbeddingLearner(AdapterLearner):
         state = int(torch.randint(2**31, ()))
         kmeans = KMeans(self.clusters, n_init=3, random_state=state).fit(e.double().cpu().numpy())
         return torch.as_tensor(kmeans.cluster_centers_, dtype=e.dtype, device=e.device)
+
+
+class SampleLearner(EmbeddingLearner):
+    """Gives its adapters an embedding of each input, as wide as the backbone's features."""
+
+    def __init__(self, model: nn.Module, scheme: type[Adapter], **settings: Any):
+        classes = getattr(model, "classes", None)
+        if classes is not None:  # (C, F), as wide as the features
+            settings = {"embedding": classes.shape[1], **settings}
+        elif isinstance(D := getattr(model, "inputs", None), int):
+            features = cast(Any, model).features(next(model.parameters()).new_zeros(1, D))
+            settings = {"embedding": features.shape[1], **settings}
+        super().__init__(model, scheme, **settings)
+
+    def context(self, x: Inputs) -> dict[str, Tensor]:
+        return {"embedding": self.embed(x)}
 
 
 class ClusterLearner(EmbeddingLearner):

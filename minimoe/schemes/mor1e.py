@@ -35,9 +35,8 @@ from torch import Tensor, nn
 from ..adapt import adapters
 from ..adapter import Adapter, Gate, require
 from ..claims import Claims
-from ..continual.data import Inputs
 from ..continual.learn import Fit
-from ..continual.learners import EmbeddingLearner
+from ..continual.learners import SampleLearner
 from ..continual.stream import Stream, Task
 
 
@@ -87,20 +86,11 @@ class MoR1E(Adapter):
         return {"embedding": self.embedding}
 
 
-class MoR1ELearner(EmbeddingLearner):
+class MoR1ELearner(SampleLearner):
     """Life in a stream: every layer's new ranks get the centres of the new task's clusters."""
 
     def __init__(self, model: nn.Module, scheme: type[MoR1E] = MoR1E, **settings: Any):
-        classes = getattr(model, "classes", None)
-        if classes is not None:  # (C, F), as wide as the features
-            settings = {"embedding": classes.shape[1], **settings}
-        elif isinstance(D := getattr(model, "inputs", None), int):
-            features = cast(Any, model).features(next(model.parameters()).new_zeros(1, D))
-            settings = {"embedding": features.shape[1], **settings}
         super().__init__(model, scheme, **settings)
-
-    def context(self, x: Inputs) -> dict[str, Tensor]:
-        return {"embedding": self.embed(x)}
 
     def learn(self, stream: Stream, t: int, fit: Fit) -> None:
         def fit_with_centres(model: nn.Module, weights: Any, task: Task) -> None:
