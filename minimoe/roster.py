@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .continual.baselines import ClassMean, HeadOnly, Joint, Oracle, ToldLoRA, Trigram
 from .continual.closed import LDA, OwnRidge, OwnSubspace, Ridge
 from .continual.learn import LEARNING_RATE, AdapterLearner, Learner
-from .continual.learners import TaskLabelLearner
+from .continual.learners import SampleLearner, TaskLabelLearner
 from .continual.replay import Replay
 from .continual.stream import Stream
 from .lora import LoRA
@@ -270,6 +270,15 @@ ROSTER: dict[str, Entry] = {
         schemes.mixture_of_routers.MixtureOfRouters,
         settings={**TOY, "top_k": 3},
         tunes={**RATES, "top_k": (3, 1, 2)},
+    ),
+    "speech_moe": Entry(
+        "atlas",
+        "whole LoRAs under a router that reads the sample's embedding beside the token",
+        schemes.speech_moe.SpeechMoE2,
+        SampleLearner,
+        {**TOY, "top_k": 3},
+        {**RATES, "top_k": (3, 1, 2)},
+        needs=("features",),
     ),
     "task_arithmetic": Entry(
         "atlas",
