@@ -376,6 +376,14 @@ ROSTER: dict[str, Entry] = {
         TOY,
         RATES,
     ),
+    "task_level": Entry(
+        "atlas",
+        "whole LoRAs, mixed alike for all of a task; told at test which it is",
+        schemes.task_level.TaskLevel,
+        Oracle,
+        TOY,
+        RATES,
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",

@@ -16,7 +16,16 @@ pytestmark = [  # of strict=True: layers note something of each pass (`use`, `st
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 THREE = names(None, "scheme")
-NEEDS = ["mor1e", "mocle", "mask_moe", "speech_moe", "moore", "poly"]  # in evaluation
+NEEDS = [
+    "mor1e",
+    "mocle",
+    "mask_moe",
+    "speech_moe",
+    "moore",
+    "poly",
+    "task_level",
+    "mmoe",
+]  # in evaluation
 SIZES = [(4, 3), (2, 5), (7, 1), (1, 2), (1, 1), (31, 40)]
 BEYOND = (60, 100)  # SMALL, times the 6 ranks of three tasks
 BATCH, TOKENS = Dim("batch"), Dim("tokens", max=512)

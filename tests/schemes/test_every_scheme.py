@@ -126,11 +126,11 @@ def test_auxiliary_loss_and_its_gradient_equal_the_oracles(case, size):
 def test_a_fresh_layer_is_the_base_layer_bit_for_bit_and_can_learn(case, dtype, training):
     scheme, _, settings = own(case)
     base = nn.Linear(7, 5, dtype=dtype)
-    x = torch.randn(4, 7, dtype=dtype)
+    x = torch.randn(64, 7, dtype=dtype)  # so many that each task is named
     before = base(x)
     layer = scheme(base, rank=2, **settings).train(training)
     for _ in range(2):
-        with context(layer, **context_of(layer, 4)):
+        with context(layer, **context_of(layer, 64)):
             y = layer(x)
         assert torch.equal(y, before)
         y.sum().backward()
