@@ -384,6 +384,14 @@ ROSTER: dict[str, Entry] = {
         TOY,
         RATES,
     ),
+    "mmoe": Entry(
+        "atlas",
+        "whole LoRAs, some for one task alone, under its own router; told at test which it is",
+        schemes.mmoe.MMoE,
+        Oracle,
+        {**TOY, "experts": 2, "exclusive": 0.5},
+        {**RATES, "exclusive": (0.5, 0.0)},
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
