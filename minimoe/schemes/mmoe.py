@@ -21,8 +21,8 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (tasks, experts, D) `routers`; R = E·r / n.
 
 Life: one task trains n new experts, and its router over them and over the older ones that are
-shared, which are frozen. A new task moves no bit of what an old one reads. Which task it is must be
-said at test too; for one that is not learned yet, the layer is W0 alone.
+shared, which are frozen. An old task's answers stay as they are. Which task it is must be said
+at test too; for one that is not learned yet, the layer is W0 alone.
 
 Departures: the papers train all tasks at once, and so older tasks learn to use newer experts too;
 experts are networks that stand before a head of the task's own. Who is exclusive, and for whom, is

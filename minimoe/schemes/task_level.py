@@ -25,8 +25,8 @@ weight for newer experts. Which task it is must be said at test too; for one tha
 yet, the layer is W0 alone.
 
 Departures: the papers train all tasks at once; their experts are FFNs, or layers of a transformer.
-The first keeps two experts. The second's router has biases; it also draws w by Gumbel-softmax, one
-expert at a time, and finds c from a task's examples or text.
+The second's router has biases; it also draws w by Gumbel-softmax, one expert at a time, and takes c
+from a task's examples or text.
 """
 
 import math
