@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, require
 from ..continual.probe import dense_gate
 from ..frozen import with_room
+from ..schemes.mmoe import MMoE
 from ..sparse import TINY
 from .parts import copied, known, rows_of, these, update_of
 
@@ -34,9 +35,11 @@ def keep(layer: Adapter, experts: Iterable[int]) -> Any:
     As many are live as before, the last ones, even if they were frozen (call `grow` to freeze all);
     so settings stay as they are. Where fewer are kept, all are live, and rank is theirs.
 
-    Raises ValueError if experts are none, repeated, or not in 0 to E - 1.
+    Raises ValueError if experts are none, repeated, or not in 0 to E - 1; or some of MMoE's, whose
+    routers, a task's each, are over all of them.
     """
     new, S, E = copied(layer), these(layer, experts), layer.n_experts
+    require(not isinstance(layer, MMoE) or len(S) == E, "experts", S, f"all {E} of MMoE's")
     live = min(layer.rank // layer.block, len(S))
     for name in rows_of(layer):
         if len(layer.rows(name)) < E:

@@ -16,8 +16,7 @@ from ..hooks import move_hooks
 from ..lora import LoRA
 from ..lora_moe import LoRAMoE
 from ..saving import adapters
-from .keeping import keep
-from .parts import copied, delta_of, instead
+from .parts import copied, delta_of, instead, known, these
 
 
 def upcycle(
@@ -44,8 +43,11 @@ def extract(layer: Adapter, expert: int) -> LoRA:
     """One expert at weight 1, as a LoRA: the same as the whole layer wherever that gives this one
     weight 1 and no other any, as ToldLoRA does by its label, and a renormalised top 1 (task-level
     routing, 2110.03742). Raises ValueError if expert is not in 0 to E - 1."""
-    one = keep(layer, [expert])
-    return instead(layer, LoRA, one.keys, one.rows("B"))
+    e = these(known(layer), [expert])
+    A, B = (
+        rows.unflatten(0, (layer.n_experts, -1))[e[0]] for rows in (layer.keys, layer.rows("B"))
+    )
+    return instead(layer, LoRA, A, B)
 
 
 @torch.no_grad()

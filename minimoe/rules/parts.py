@@ -33,7 +33,7 @@ def instead(layer: Adapter, scheme: type[Adapter], A: Tensor, B: Tensor, **setti
         setattr(new, name, getattr(one, name))
     for tensor in (*new.parameters(recurse=False), *new.buffers(recurse=False)):
         tensor.data = tensor.data.to(one.dtype if tensor.is_floating_point() else tensor.dtype)
-    new.A.data, new.B.data = A.detach(), B.detach()
+    new.A.data, new.B.data = A.detach().clone(), B.detach().clone()
     move_hooks(one, new)
     return new
 

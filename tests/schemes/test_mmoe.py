@@ -13,6 +13,7 @@ from minimoe import LoRAMoE
 from minimoe.adapt import context
 from minimoe.continual.baselines import ToldLoRA
 from minimoe.continual.probe import dense_gate
+from minimoe.rules import extract, keep, merge
 from minimoe.schemes.mmoe import MMoE
 
 SETTINGS = {"scale": 0.7, "tasks": 32}
@@ -162,3 +163,12 @@ class TestMMoE:
         layer.grow()
         with pytest.raises(RuntimeError, match="has learned 2 tasks, as many as it can"):
             layer.grow()
+
+    def test_some_of_its_experts_cannot_be_kept_but_all_can_and_one_alone(self):
+        layer = grown("mmoe", rank=4, experts=2)
+        for rule in (lambda: keep(layer, [0, 3]), lambda: merge(layer, [1])):
+            with pytest.raises(ValueError, match=r"^experts is \[.*\], allowed: all 6 of MMoE's$"):
+                rule()
+        assert keep(layer, range(6)).ranks == layer.ranks
+        one, (A, B) = extract(layer, 3), (layer.keys[6:8], layer.rows("B")[6:8])
+        assert torch.equal(one.A, A) and torch.equal(one.B, B)
