@@ -52,7 +52,7 @@ DECLINED = [
     ("SD-LoRA", "2501.13198", "one magnitude per task: CoDyRA's weights, one grain up, never zero"),
     ("GainLoRA", "2505.15424", "InfLoRA and a gate by the same projection; not read in code"),
     ("RanPAC, RAIL", "2307.02251, 2406.18868", "closed forms, the learner `ridge_features`"),
-    ("Switch-DiT's mask", "", "tasks on a known scale share experts; a stream's order says no such"),
+    ("Switch-DiT's mask", "", "tasks on a known scale share experts; a stream's order is none"),
     ("T2MIR's contrast", "", "needs other tasks in the batch; with their means it forgot more"),
     ("SLCA, ZSCL", "", "train the body, or need data of a reference domain"),
     ("SAPT", "2401.08295", "needs replayed samples, one gate for all layers"),
