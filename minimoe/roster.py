@@ -280,6 +280,14 @@ ROSTER: dict[str, Entry] = {
         {**RATES, "top_k": (3, 1, 2)},
         needs=("features",),
     ),
+    "mixture_of_loras": Entry(
+        "atlas",
+        "whole LoRAs trained alone, then a router, on stored examples of all tasks",
+        schemes.mixture_of_loras.MixtureOfLoRAs,
+        schemes.mixture_of_loras.MixtureOfLoRAsLearner,
+        {**TOY, "keep": 20},
+        {**RATES, "keep": (20, 80)},
+    ),
     "task_arithmetic": Entry(
         "atlas",
         "whole LoRAs trained alone, then all on at once, at one weight",

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapt import adapters
 from ..adapter import Adapter
 from . import data
 from .data import Inputs
 from .learn import AdapterLearner, Fit
+from .replay import Example, Replay, reservoir
 from .stream import EVALUATED, Stream, Task
 
 
@@ -125,3 +127,40 @@ def show(learner: AdapterLearner, task: Task, see: Mapping[Adapter, See]) -> Non
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class SecondStage(Replay):
+    """One LoRA after the other, and after each the routers: all their rows, which are the scheme's
+    `buffer_rows`, old and new, on `keep` examples of each task so far. Its layers know the second
+    stage by their `routing`. `stored` counts the examples too."""
+
+    def __init__(self, model: nn.Module, scheme: type[Adapter], keep: int = 20, **settings: Any):
+        super().__init__(model, scheme, keep, **settings)
+        self.grows = True
+
+    def remembered(self, x: Inputs, y: Inputs, t: int) -> Example:
+        """What is kept of an example of task t."""
+        return x, y
+
+    def router_model(self) -> nn.Module:
+        """What is given the examples."""
+        return self.with_context
+
+    def learn(self, stream: Stream, t: int, fit: Fit) -> None:
+        task = stream.tasks[t]
+        kept = reservoir(task.train, self.keep)  # first: all processes draw the same
+        AdapterLearner.learn(self, stream, t, fit)
+        self.memory = self.memory + [self.remembered(x, y, t) for x, y in kept]
+        layers = [cast(Any, layer) for _, layer in adapters(self.model)]
+        names = [key for name in layers[0].buffer_rows for key in (f"frozen_{name}", name)]
+        routers = [rows for n in layers for key in names if len(rows := getattr(n, key))]
+
+        def switch(on: bool) -> None:
+            for layer in layers:
+                layer.routing = on
+            for rows in routers:
+                rows.requires_grad_(on)
+
+        switch(True)
+        fit(self.router_model(), routers, Task(task.name, data.together(self.memory), task.test))
+        switch(False)
