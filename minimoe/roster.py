@@ -288,6 +288,15 @@ ROSTER: dict[str, Entry] = {
         {**TOY, "keep": 20},
         {**RATES, "keep": (20, 80)},
     ),
+    "wemoe": Entry(
+        "atlas",
+        "whole LoRAs trained alone, then added up by networks that learn to be sure",
+        schemes.wemoe.WEMoE,
+        schemes.wemoe.WEMoELearner,
+        {**TOY, "keep": 20},
+        {**RATES, "keep": (20, 80)},
+        needs=("classes",),
+    ),
     "task_arithmetic": Entry(
         "atlas",
         "whole LoRAs trained alone, then all on at once, at one weight",

@@ -103,13 +103,14 @@ class TestMixtureOfLoRAs:
         assert layer.eval().active() == 2 * (7 + 5) + 3 * 7
 
 
-def two_tasks(make, named=False, **settings):
+def two_tasks(make, named=False, classes=False, **settings):
     """A learner after two tasks in a net of two layers, and what was fitted."""
     torch.manual_seed(0)
     net = Net().requires_grad_(False)
     tasks = []
     for t in range(2):
         x, y = torch.randn(200, 6) + 4 * t - 2, torch.randn(200, 6)
+        y = y.argmax(-1) if classes else y
         both = ({"x": x} if named else x, y)
         tasks.append(Task(f"t{t}", both, both))
     learner, fitted = make(net, rank=2, **settings), []

@@ -1,0 +1,126 @@
+"""WEMoE: LoRAs trained alone, then added up, each by as much as a network makes of the sample.
+
+Merging Multi-Task Models via Weight-Ensembling Mixture of Experts. Tang et al., arXiv 2402.00433.
+
+The one equation, with one weight per block of ranks, the same for all tokens of a sample:
+
+    z = x Aᵀ
+    u_e = relu(x P_eᵀ + c_e) q_eᵀ + d_e     for each token, as the network of expert e says
+    λ_e = mean over the sample's tokens of u_e, padding left out; not normalised
+    g = 1 for each rank of the last expert, 0 elsewhere     in training
+    g = λ_e for each rank of expert e                       in evaluation, and while λ trains
+    y = x W0ᵀ + scale · (g ⊙ z) B
+
+At first every λ is `start`, but for small weights: task_arithmetic.py. A λ of 1 for one expert and
+0 for all others is that LoRA. The networks train without labels, by the entropy of the model's
+answers, mean over samples of -Σ p ln p: who is right is sure of it.
+
+Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept, h width
+of a network. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, P (E·h, D), c (E·h,), q (E, h),
+d (E,); one expert per task: R = E·r. An x of three axes or more is (samples, tokens, D); of two or
+one, each row is a sample.
+
+Life (`WEMoELearner`): one task trains one new expert; all older ones are frozen. Then the networks
+train, those of all tasks, on examples of all tasks: `keep` of each are stored. The model must
+answer with logits.
+
+Departures: the paper trains on the inputs of the test, of all tasks at once; the stored examples
+are ours. They keep their labels, which move nothing. One network of the paper's, as wide as x, says
+all λ; here each expert brings a small one. Experts are LoRAs, not whole fine-tuned models.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Gate, require
+from ..balance import mean_over_tokens
+from ..contextual import Contextual
+from ..continual.learners import SecondStage
+from ..sparse import widened
+from .alone import TrainedAlone
+from .sema import sample_mean
+
+
+class WEMoE(TrainedAlone):
+    """LoRAs that are added up. Parameters: R (D + O) + E (h (D + 2) + 1); active, all of them in
+    evaluation, r (D + O) in training.
+
+    Args beyond Adapter's:
+        width: h.
+        start: λ at first.
+
+    Raises ValueError if width < 1, or start is no number.
+    """
+
+    claims = replace(TrainedAlone.claims, granularity="sample", simplex=False)
+    buffer_rows = ("P", "c", "q", "d")
+    routing = False  # whether the networks are what trains
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int = 16,
+        scale: float = 1.0,
+        width: int = 16,
+        start: float = 0.3,
+    ):
+        require(width >= 1, "width", width, "1 or more")
+        require(start == start, "start", start, "any number")
+        self.width, self.start = width, start
+        super().__init__(base, rank, scale)
+
+    def gate(self, x: Tensor) -> Gate:
+        return self.gate_blocks(x, *self.route(x)) if self.routing else super().gate(x)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = (nn.functional.linear(x, self.rows("P")) + self.rows("c")).relu()
+        each = hidden.unflatten(-1, (-1, self.width)) * self.rows("q")  # (..., E, h)
+        lam, _ = sample_mean(widened(each).sum(-1) + self.rows("d"), self.mask(x))
+        w = lam.to(x.dtype).expand(*x.shape[:-1], self.n_experts)
+        return torch.arange(self.n_experts, device=x.device).expand_as(w), w
+
+    def active(self) -> int:
+        networks = self.n_experts * (self.width * (self.in_features + 2) + 1)
+        return self.speaking() + (0 if self.training else networks)
+
+    def speaking(self) -> int:
+        ranks = self.block if self.training else self.ranks
+        return ranks * (self.in_features + self.out_features)
+
+    def fresh(self) -> dict[str, Tensor]:
+        P, q = (
+            self.empty(*s).normal_(std=0.01)
+            for s in ((self.width, self.in_features), (1, self.width))
+        )
+        c, d = self.empty(self.width).zero_(), self.empty(1).fill_(self.start)
+        return super().fresh() | {"P": P, "c": c, "q": q, "d": d}
+
+
+class WEMoELearner(SecondStage):
+    """Life in a stream: the networks learn to be sure."""
+
+    def __init__(self, model: nn.Module, scheme: type[Adapter] = WEMoE, **settings: Any):
+        super().__init__(model, scheme, **settings)
+
+    def router_model(self) -> nn.Module:
+        return Entropy(self.with_context)
+
+
+class Entropy(Contextual):
+    """A model that leaves the entropy of its answers as a loss, and none else: they are detached.
+
+    -Σ p ln p of logits (..., C), the mean over all that is answered."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        answers = self.model(*args, **kwargs)
+        logits: Tensor = getattr(answers, "logits", answers)
+        l = widened(logits).log_softmax(-1)
+        self.leave(mean_over_tokens(-(l.exp() * l).sum(-1), self.mask(l)))
+        return logits.detach()
