@@ -280,6 +280,13 @@ ROSTER: dict[str, Entry] = {
         {**RATES, "top_k": (3, 1, 2)},
         needs=("features",),
     ),
+    "input_domain_aware": Entry(
+        "atlas",
+        "whole LoRAs, each with a density of its task's inputs, which says who is meant",
+        schemes.input_domain_aware.InputDomainAware,
+        settings={**TOY, "top_k": 3, "components": 2},
+        tunes={**RATES, "top_k": (3, 1, 2)},
+    ),
     "mixture_of_loras": Entry(
         "atlas",
         "whole LoRAs trained alone, then a router, on stored examples of all tasks",

@@ -58,7 +58,14 @@ def filled(layer):
         if key == "expert_bias":
             tensor.uniform_(-0.1, 0.4)
         elif name not in theirs and tensor.is_floating_point():
-            std = {"w1": 0.005, "w2": 0.005, "router": 0.5, "code": 0.1, "code_bias": 0.1}
+            std = {
+                "w1": 0.005,
+                "w2": 0.005,
+                "router": 0.5,
+                "code": 0.1,
+                "code_bias": 0.1,
+                "encoder": 0.2,
+            }
             tensor.normal_(std=std.get(key, 1.0))
         if key == "sigma" or key.startswith("fisher"):
             tensor.abs_().add_(0.1)
