@@ -304,6 +304,14 @@ ROSTER: dict[str, Entry] = {
         {**RATES, "keep": (20, 80)},
         needs=("classes",),
     ),
+    "mixda": Entry(
+        "atlas",
+        "whole LoRAs trained to be silent on the base domain, then a gate, the base in it",
+        schemes.mixda.MixDA,
+        schemes.mixda.MixDALearner,
+        {**TOY, "keep": 20},
+        {**RATES, "keep": (20, 80)},
+    ),
     "task_arithmetic": Entry(
         "atlas",
         "whole LoRAs trained alone, then all on at once, at one weight",

@@ -11,9 +11,8 @@ The one equation, with one weight per block of ranks, the same for all tokens of
     g = λ_e for each rank of expert e                       in evaluation, and while λ trains
     y = x W0ᵀ + scale · (g ⊙ z) B
 
-At first every λ is `start`, but for small weights: task_arithmetic.py. A λ of 1 for one expert and
-0 for all others is that LoRA. The networks train without labels, by the entropy of the model's
-answers, mean over samples of -Σ p ln p: who is right is sure of it.
+At first every λ is near .3, as in task_arithmetic.py. The networks train without
+labels, by the entropy of the model's answers, mean over samples of -Σ p ln p.
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept, h width
 of a network. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, P (E·h, D), c (E·h,), q (E, h),
@@ -50,36 +49,35 @@ class WEMoE(TrainedAlone):
 
     Args beyond Adapter's:
         width: h.
-        start: λ at first.
 
-    Raises ValueError if width < 1, or start is no number.
+    Raises ValueError if width < 1.
     """
 
     claims = replace(TrainedAlone.claims, granularity="sample", simplex=False)
     buffer_rows = ("P", "c", "q", "d")
     routing = False  # whether the networks are what trains
+    start = 0.3  # d at first
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        rank: int = 16,
-        scale: float = 1.0,
-        width: int = 16,
-        start: float = 0.3,
-    ):
+    def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0, width: int = 16):
         require(width >= 1, "width", width, "1 or more")
-        require(start == start, "start", start, "any number")
-        self.width, self.start = width, start
+        self.width = width
         super().__init__(base, rank, scale)
 
     def gate(self, x: Tensor) -> Gate:
         return self.gate_blocks(x, *self.route(x)) if self.routing else super().gate(x)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.all_at(x, sample_mean(self.networks(x), self.mask(x))[0])
+
+    def networks(self, x: Tensor) -> Tensor:
+        """What each expert's network makes of x (..., D): (..., E)."""
         hidden = (nn.functional.linear(x, self.rows("P")) + self.rows("c")).relu()
         each = hidden.unflatten(-1, (-1, self.width)) * self.rows("q")  # (..., E, h)
-        lam, _ = sample_mean(widened(each).sum(-1) + self.rows("d"), self.mask(x))
-        w = lam.to(x.dtype).expand(*x.shape[:-1], self.n_experts)
+        return widened(each).sum(-1) + self.rows("d")
+
+    def all_at(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """All experts, and a sample's weights w for each of its tokens."""
+        w = w.to(x.dtype).expand(*x.shape[:-1], self.n_experts)
         return torch.arange(self.n_experts, device=x.device).expand_as(w), w
 
     def active(self) -> int:
@@ -91,12 +89,14 @@ class WEMoE(TrainedAlone):
         return ranks * (self.in_features + self.out_features)
 
     def fresh(self) -> dict[str, Tensor]:
-        P, q = (
-            self.empty(*s).normal_(std=0.01)
-            for s in ((self.width, self.in_features), (1, self.width))
-        )
+        P, q = self.empty(self.width, self.in_features), self.empty(1, self.width)
         c, d = self.empty(self.width).zero_(), self.empty(1).fill_(self.start)
-        return super().fresh() | {"P": P, "c": c, "q": q, "d": d}
+        return super().fresh() | {
+            "P": P.normal_(std=0.01),
+            "c": c,
+            "q": q.normal_(std=0.01),
+            "d": d,
+        }
 
 
 class WEMoELearner(SecondStage):
@@ -110,9 +110,8 @@ class WEMoELearner(SecondStage):
 
 
 class Entropy(Contextual):
-    """A model that leaves the entropy of its answers as a loss, and none else: they are detached.
-
-    -Σ p ln p of logits (..., C), the mean over all that is answered."""
+    """A model that leaves as a loss how unsure its answers are, -Σ p ln p of logits (..., C), the
+    mean over all. The answers are detached, so that no other loss teaches."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
