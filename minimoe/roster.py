@@ -424,6 +424,13 @@ ROSTER: dict[str, Entry] = {
         {**TOY, "experts": 2, "exclusive": 0.5},
         {**RATES, "exclusive": (0.5, 0.0)},
     ),
+    "cartesian": Entry(
+        "atlas",
+        "keys and values chosen apart, by a router each: E of both are E² experts",
+        schemes.cartesian.Cartesian,
+        settings={**TOY, "top_k": 3},
+        tunes={**RATES, "top_k": (3, 1, 2)},
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
