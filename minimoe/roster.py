@@ -431,6 +431,13 @@ ROSTER: dict[str, Entry] = {
         settings={**TOY, "top_k": 3},
         tunes={**RATES, "top_k": (3, 1, 2)},
     ),
+    "conditional_mixlora": Entry(
+        "atlas",
+        "a LoRA for each sample, of keys and of values that the keys help to choose",
+        schemes.conditional_mixlora.ConditionalMixLoRA,
+        settings={**TOY, "scale": 16.0, "top_k": 8},
+        tunes={**RATES, "scale": (16.0, 4.0), "top_k": (8, 4)},
+    ),
     "ridge_features": Entry(
         "atlas",
         "ridge, on the frozen features",
