@@ -424,6 +424,14 @@ ROSTER: dict[str, Entry] = {
         {**TOY, "experts": 2, "exclusive": 0.5},
         {**RATES, "exclusive": (0.5, 0.0)},
     ),
+    "adamix": Entry(
+        "atlas",
+        "one LoRA whose keys are drawn for each batch, among several made to agree",
+        schemes.adamix.AdaMix,
+        schemes.adamix.AdaMixLearner,
+        {**TOY, "consistency": 1.0},
+        {**RATES, "consistency": (1.0, 0.1, 10.0)},
+    ),
     "cartesian": Entry(
         "atlas",
         "keys and values chosen apart, by a router each: E of both are E² experts",
