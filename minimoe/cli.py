@@ -262,9 +262,9 @@ def run_list(args: argparse.Namespace) -> int:
     ):
         print(head)
         for name, text in words.items():
-            line = f"  {name:19}{text}"
+            line = f"  {name:20}{text}"
             width = console.width() or len(line)
-            print(textwrap.fill(line, width, subsequent_indent=" " * 21))
+            print(textwrap.fill(line, width, subsequent_indent=" " * 22))
     return 0
 
 
