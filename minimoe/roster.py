@@ -284,7 +284,7 @@ ROSTER: dict[str, Entry] = {
         "atlas",
         "whole LoRAs, each with a density of its task's inputs, which says who is meant",
         schemes.input_domain_aware.InputDomainAware,
-        settings={**TOY, "top_k": 3, "components": 2},
+        settings={**TOY, "top_k": 3, "code": 8},
         tunes={**RATES, "top_k": (3, 1, 2)},
     ),
     "mixture_of_loras": Entry(

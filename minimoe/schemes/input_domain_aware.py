@@ -30,9 +30,10 @@ expert per task: R = E·r and K = k·r.
 Life: one task trains one new expert and its density, on its own inputs; all older ones are frozen.
 So l of old experts on old inputs stays as it is, bit for bit; what changes is their share.
 
-Departures: the paper has one encoder for all experts, which all train at once, on the density of
-their mixture. Here a code is the expert's own, and codes of several encoders can be compared only
-together with what they leave out: so the reconstruction is part of l, and not of the loss alone.
+Departures: the paper has M = 16, and one encoder for all experts, which all train at once, on the
+density of their mixture. Here a code is the expert's own, and codes of several encoders can be
+compared only together with what they leave out: so the reconstruction is part of l, and not of the
+loss alone.
 """
 
 import math
@@ -72,8 +73,8 @@ class InputDomainAware(LoRAMoE):
         rank: int = 16,
         scale: float = 1.0,
         top_k: int = 2,
-        components: int = 16,
-        code: int = 8,
+        components: int = 2,
+        code: int = 4,
     ):
         require(components >= 1, "components", components, "1 or more")
         require(code >= 1, "code", code, "1 or more")

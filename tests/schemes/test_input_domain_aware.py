@@ -80,10 +80,6 @@ def test_settings_out_of_range_are_named(settings, message):
         InputDomainAware(nn.Linear(7, 5), **{"rank": 2} | settings)
 
 
-def test_the_papers_settings_are_the_defaults():
-    assert InputDomainAware(nn.Linear(64, 64)).settings()["components"] == 16
-
-
 def two(**settings):
     """Of two experts, each a unit Gaussian of the whole of x (2,), 3 apart."""
     settings = {"rank": 1, "components": 1, "code": 2} | settings
