@@ -3,7 +3,9 @@
 memory: what is scored by all that is stored. why: what carries MoRA's gain. routing: who should
 choose the ranks. growth: what happens as tasks come. silence: what happens on inputs of no task.
 grain: how fine experts should be cut. atlas: every learner in every place. tuning: which settings
-it has there.
+it has there. And what three others claim of mixtures, each learned all at once: recovery: whether a
+gate finds clusters. capacity: what more ranks remember, and what they work out. many_tasks: who
+gains from being tuned on many.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +15,19 @@ from ..continual.streams import require_seeds
 from ..tools.files import write_atomic, write_json
 from ..tools.results import StudyResult, to_json
 from ..tools.tables import findings
-from . import atlas, grain, growth, memory, routing, silence, tuning, why
+from . import (
+    atlas,
+    capacity,
+    grain,
+    growth,
+    many_tasks,
+    memory,
+    recovery,
+    routing,
+    silence,
+    tuning,
+    why,
+)
 from .study import Study, report, run
 
 __all__ = ["STUDIES", "run_study", "stored"]
@@ -25,6 +39,9 @@ STUDIES: dict[str, Study] = {
     "growth": growth.STUDY,
     "silence": silence.STUDY,
     "grain": grain.STUDY,
+    "recovery": recovery.STUDY,
+    "capacity": capacity.STUDY,
+    "many_tasks": many_tasks.STUDY,
     "atlas": atlas.STUDY,
     "tuning": tuning.STUDY,
 }

@@ -180,9 +180,10 @@ def compare_page(result: CompareResult, command: str, pictures: Sequence[str] = 
 FINDINGS_HEAD = """\
 # Findings
 
-What MoRA's paper (arXiv 2506.21035) claims (1 to 9), and SMoRA's (2501.15103; 10), put to the test
-on toys: linear maps, digits, letters, pages, in tasks one after another. Every sentence and number
-here is written by `minimoe study`, from the JSON files beside it.
+What MoRA's paper (arXiv 2506.21035) claims (1 to 9), SMoRA's (2501.15103; 10), and three on
+mixtures of experts (2506.01656, 11; 2410.19034, 12; 2305.14705, 13), put to the test on toys:
+linear maps, digits, letters, pages, in tasks one after another; 11 to 13 all at once. Every
+sentence and number here is written by `minimoe study`, from the JSON files beside it.
 
 A claim is put as comparisons over the same seeds, what should be larger minus what should be
 smaller. Of each there is the effect, which is the mean difference, its interval of 95 % by paired
@@ -211,8 +212,11 @@ task before it is learned. upright, unseen, noise, tasks: how far features are f
 model's, as a share of their length, on upright digits, digits of no task, noise, and the tasks.
 base ACC: accuracy that is left on upright digits. ACC at 20: after 20 tasks. step, memory: time and
 memory of a step of training, the plain backbone's = 1. with the backbone: numbers stored, and the
-frozen ones of the backbone where the method needs it. What the rows are, the docstring of a study's
-source says, minimoe/studies/*.py, and `minimoe list` of the learners' names."""
+frozen ones of the backbone where the method needs it. explained: the share of the answer. NMI: the
+normalised mutual information of an input's cluster and its heaviest expert. score: of memory
+accuracy on what was shown, of reasoning the share explained. before, tuned: accuracy before the few
+images of the rotation that is left, and on the rotations tuned on. What the rows are, the docstring
+of a study's source says, minimoe/studies/*.py, and `minimoe list` of the learners' names."""
 SEEDS_ALONE = """\
 The spread between machines is in no interval here: nothing was run again, its sums in another
 order."""

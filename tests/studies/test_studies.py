@@ -25,6 +25,7 @@ from minimoe.studies import (
     atlas,
     growth,
     memory,
+    recovery,
     routing,
     run_study,
     silence,
@@ -34,6 +35,7 @@ from minimoe.studies.common import carried, mean
 from minimoe.studies.study import Rows, command, file_of, report, run
 from minimoe.studies.why import CLASSES
 from minimoe.tools.files import read_json, write_json
+from minimoe.tools.results import StudyResult, to_json
 from minimoe.tools.tables import findings
 
 FINDINGS = Path(__file__).parent.parent.parent / "tutorials" / "findings"
@@ -311,9 +313,23 @@ def test_the_cells_of_a_study(name, quick, tmp_path):
             assert cell["method"] in memory.METHODS and cell["stream"] in STREAMS
         elif cell["scheme"] in growth.CLOSED:
             assert cell["scheme"] in ROSTER
+        elif cell["scheme"] == recovery.CLOSED:
+            assert name == "recovery" and not cell["settings"]
         else:
             CLASSES[cell["scheme"]](nn.Linear(64, 128), **cell["settings"])
     json.dumps(cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recovery", "capacity", "many_tasks"])
+def test_what_is_learned_all_at_once_runs_quickly_and_is_drawn(name, tmp_path):
+    result = run_study(name, tmp_path, [77], quick=True, jobs=1)
+    assert to_json(StudyResult.read(tmp_path / f"{name}.json")) == to_json(result)
+    assert list(result.rows) == [cell["row"] for cell in STUDIES[name].cells([77], True)]
+    assert {claim.number for claim in result.claims} <= {11, 12, 13}
+    assert {claim.verdict for claim in result.claims} == {"inconclusive"}  # of one seed
+    assert result.finding in (tmp_path / "findings.md").read_text()
+    assert (tmp_path / f"{name}.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("name", STUDIES)
