@@ -18,11 +18,11 @@ dimensions there are many regions, so much more of R should gain little more. Th
 with K alone" is what is tested.
 
 Fixed before any run: sizes, steps, R and K. Settings are the roster's but for ranks; MoRA has no
-delta: of 512 scores of length 1 in all, nearly none would reach it.
+delta: of 512 scores whose norm is 1 nearly none would reach it.
 
 Axes: N inputs, D in, O out, R ranks in all, r = 8 ranks at birth, K kept, Q rank of the teacher.
 Departures: the papers train transformers, and let them reason in graphs, in mathematics and in
-words; a linear teacher has the one property here that more experts cannot store it piece by piece.
+words. Here reasoning is one linear rule for all inputs, wider than what speaks for any one of them.
 """
 
 from collections.abc import Sequence
