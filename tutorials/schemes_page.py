@@ -7,6 +7,7 @@ import re
 import sys
 
 from minimoe.roster import ROSTER, SCHEMES
+from minimoe.schemes import mixlora
 from minimoe.studies.atlas import FEW
 from minimoe.studies.common import ACC
 from minimoe.studies.verdicts import judged, shared
@@ -83,7 +84,12 @@ def page(atlas) -> str:
     ]
     for name, scheme in SCHEMES.items():
         parts += _scheme(name, scheme, known[name])
+    head, tail = _of_file("mixlora", mixlora)
     parts += [
+        *head,
+        "It wraps an FFN and not a linear layer, so `compare` does not carry it."
+        + _counts(mixlora.MixLoRA),
+        *tail,
         "## Settings of what is there",
         "Held to their own equations by tests/schemes/test_configurations.py.",
         _list(CONFIGURATIONS),
@@ -134,22 +140,14 @@ def _runs(value):
 
 def _scheme(name, scheme, rows):
     """A scheme's heading, paper, equation, shape of its gate, parameters, life, results."""
-    module = sys.modules[scheme.__module__]
-    path = module.__name__.replace(".", "/") + ".py"
-    paper, equations, life, departures = _parts(module.__doc__)
-    claims, own = scheme.claims, inspect.getdoc(scheme)
-    counts = re.search(r"Parameters: (.*?)(?:\n\n|Args|$)", own + "\n\n", re.S)
+    head, tail = _of_file(name, sys.modules[scheme.__module__])
+    claims, counts = scheme.claims, _counts(scheme)
     weight = {"rank": "each rank has a weight", "block": "each LoRA has a weight"}[claims.expert]
     shape = [weight, f"of its {claims.granularity} alone" if claims.granularity != "batch" else ""]
     shape += ["at most `top_k` speak"] if claims.top_k else []
     sums = {True: "weights sum to 1", "kept": "weights sum to k", False: ""}
     shape += [sums[claims.simplex], "" if claims.equation else "not the one equation"]
-    lines = [f"## {name}", f"[{path}](../../{path}). {' '.join(paper.split())}"]
-    lines += [f"```text\n{equations}\n```"] if equations else []
-    gate = f"Gate: {', '.join(filter(None, shape))}."
-    if counts:
-        gate += f" Parameters: {' '.join(counts[1].split())}"
-    lines += [gate, *(" ".join(part.split()) for part in (life, departures) if part)]
+    lines = [*head, f"Gate: {', '.join(filter(None, shape))}.{counts}", *tail]
     if rows:
         place, row = next(iter(rows.items()))
         numbers = ", ".join(
@@ -158,6 +156,21 @@ def _scheme(name, scheme, rows):
         accs = ", ".join(f"{place} {spread(row['acc'])}" for place, row in rows.items())
         lines.append(f"On {place}: {numbers} numbers. Final accuracy: {accs}.")
     return lines
+
+
+def _of_file(name, module):
+    """What stands before a scheme's gate, its heading, paper and equation, and what after, its life
+    and departures."""
+    path = module.__name__.replace(".", "/") + ".py"
+    paper, equations, *after = _parts(module.__doc__)
+    head = [f"## {name}", f"[{path}](../../{path}). {' '.join(paper.split())}"]
+    head += [f"```text\n{equations}\n```"] if equations else []
+    return head, [" ".join(part.split()) for part in after if part]
+
+
+def _counts(scheme):
+    found = re.search(r"Parameters: (.*?)(?:\n\n|Args|$)", inspect.getdoc(scheme) + "\n\n", re.S)
+    return f" Parameters: {' '.join(found[1].split())}" if found else ""
 
 
 def _parts(doc):
