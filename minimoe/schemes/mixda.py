@@ -93,7 +93,7 @@ def last_token(x: Tensor, mask: Tensor) -> Tensor:
     m = mask.flatten(1)
     last = m * (m.flip(1).cumsum(1).flip(1) == 1)  # 1 there, and 0 elsewhere
     token = (last.to(x.dtype).unsqueeze(-1) * x.flatten(1, -2)).sum(1)
-    return token.view(len(x), *[1] * (x.ndim - 2), x.shape[-1])
+    return token.view(x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
 
 
 class MixDALearner(SecondStage):

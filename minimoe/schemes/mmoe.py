@@ -67,7 +67,8 @@ class MMoE(TaskRouted):
     def logits(self, x: Tensor) -> Tensor:
         W = self.rows("routers")[:, : self.n_experts]  # (tasks so far, E, D)
         l = F.linear(x, W.flatten(0, 1)).unflatten(-1, W.shape[:2])
-        return l.take_along_dim(self.task(x)[..., None, None], -2).squeeze(-2)
+        t = self.task(x).expand(x.shape[:-1])[..., None, None].expand(*x.shape[:-1], 1, l.shape[-1])
+        return l.gather(-2, t).squeeze(-2)
 
     def sees(self, task: Tensor, expert: Tensor) -> Tensor:
         shared = expert % self.experts >= int(self.exclusive * self.experts)
