@@ -408,6 +408,14 @@ ROSTER: dict[str, Entry] = {
         TOY,
         RATES,
     ),
+    "tensor_poly": Entry(
+        "atlas",
+        "Poly with keys of two small factors, mixed apart; told at test which task it is",
+        schemes.tensor_poly.TensorPoly,
+        Oracle,
+        TOY,
+        RATES,
+    ),
     "task_level": Entry(
         "atlas",
         "whole LoRAs, mixed alike for all of a task; told at test which it is",

@@ -23,6 +23,7 @@ NEEDS = [
     "speech_moe",
     "moore",
     "poly",
+    "tensor_poly",
     "task_level",
     "mmoe",
 ]  # in evaluation

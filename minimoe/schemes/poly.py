@@ -23,12 +23,10 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 x (..., D), W0 (O, D), A' (S·r, D) and B' (S·r, O) skills, Z (E, S), A (R, D) and B (R, O) means of
 skills; one expert per task: R = E·r and K = r.
 
-Life: one task trains its row of Z, S numbers; older rows are frozen. The skills belong to no task,
-and train on, so that older tasks' answers move. Which task it is must be said at test too; for one
-that is not learned yet, the layer is W0 alone.
+Life: one task trains its row of Z, S numbers; older rows are frozen. The skills train on, so that
+older tasks' answers move. The task must be said at test too; one not learned yet gets W0 alone.
 
-Departures: the paper trains all tasks at once, with two rates of learning. Features are not split
-(peft's n_splits is 1).
+Departures: the paper trains all tasks at once, with two rates of learning. n_splits is 1 (peft's).
 """
 
 import torch
@@ -77,25 +75,33 @@ class Poly(Adapter):
         if name not in ("A", "B"):
             return super().rows(name)
         skills = getattr(self, name).unflatten(0, (self.skills, -1))  # (S, r, ...)
-        alpha = shares(self.rows("Z")).to(skills.dtype)
+        alpha = self.alphas(self.rows("Z"))[name].to(skills.dtype)
         return torch.einsum("es,srd->erd", alpha, skills).flatten(0, 1)
 
     def gate(self, x: Tensor) -> Gate:
         return self.mixed(x)[0]
 
     def mixed(self, x: Tensor) -> tuple[Gate, Tensor]:
-        """The gate, and α (..., S) of each token's task."""
+        """The gate, and the values' α (..., S) of each token's task."""
         label = self.given("label", x)
         task = label.clamp(max=self.n_experts - 1)
         Z = F.embedding(task, self.rows("Z"))  # (..., S)
         if self.training and self.noise:
             Z = Z + self.noise * torch.rand(Z.shape, device=Z.device).logit(1e-6).to(Z.dtype)
-        alpha = shares(Z).to(x.dtype).expand(*x.shape[:-1], self.skills)
-        z = F.linear(x, self.A).unflatten(-1, (self.skills, -1))  # (..., S, r)
-        z = (alpha.unsqueeze(-1) * z).sum(-2)  # (..., r): x A_tᵀ
+        alphas = {name: alpha.to(x.dtype) for name, alpha in self.alphas(Z).items()}
+        z = self.of_task(x, alphas)
         idx = task.unsqueeze(-1) * self.rank + torch.arange(self.rank, device=x.device)
         known = (label < self.n_experts).unsqueeze(-1).to(z.dtype)
-        return Gate(idx.expand(z.shape), known.expand(z.shape), z), alpha
+        return Gate(idx.expand(z.shape), known.expand(z.shape), z), alphas["B"]
+
+    def alphas(self, Z: Tensor) -> dict[str, Tensor]:
+        """Of Z (..., S), the α (..., S) of what each mixes."""
+        return dict.fromkeys(("A", "B"), shares(Z))
+
+    def of_task(self, x: Tensor, alphas: dict[str, Tensor]) -> Tensor:
+        """z (..., r), what the keys of each token's task see: x A_tᵀ."""
+        z = F.linear(x, self.A).unflatten(-1, (self.skills, -1))  # (..., S, r)
+        return (alphas["A"].unsqueeze(-1) * z).sum(-2)
 
     def update(self, x: Tensor) -> Tensor:
         (_, g, z, *_), alpha = self.mixed(x)

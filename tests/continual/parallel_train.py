@@ -18,7 +18,11 @@ from minimoe.roster import ROSTER, names
 from minimoe.schemes.smora import SMoRA
 from minimoe.tools import parallel
 
-NOISY = ("evomoe", "poly")  # of each token or sample: two processes draw otherwise than one
+NOISY = (
+    "evomoe",
+    "poly",
+    "tensor_poly",
+)  # of each token or sample: two processes draw otherwise than one
 SAMPLES = 129  # two batches, and one of a single sample: one of two processes then has none
 
 

@@ -38,7 +38,7 @@ def said(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-NOISY = ("evomoe", "poly")  # as in parallel_train.py
+NOISY = ("evomoe", "poly", "tensor_poly")  # as in parallel_train.py
 # AdamW makes steps of a gradient that is 0 but for rounding, as a threshold's often is
 ROUGH = ("adamole", "ld_mole", "dselect_k")
 
