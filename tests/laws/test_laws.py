@@ -44,7 +44,13 @@ UNCLAIMED |= {
     "told": {"support", "simplex", "degenerates_to_lora", "merge_is_equal"},
     "template": {"support", "simplex", "merge_is_equal"},
 }
-EVERY = {name: (scheme, {}) for name, scheme in SCHEMES.items()} | {
+SMALL = {  # of networks beside a gate: the laws that read every number of theirs take long
+    "wemoe": {"width": 4},
+    "mixda": {"width": 4},
+    "task_level": {"width": 4},
+    "input_domain_aware": {"code": 2},
+}
+EVERY = {name: (scheme, SMALL.get(name, {})) for name, scheme in SCHEMES.items()} | {
     "lora_moe, 2 a task": (LoRAMoE, {"rank": 4, "experts": 2}),
     "lora_moe balanced": (LoRAMoE, {"balance": 0.5}),
     "mora detached": (MoRA, {"detach_gate": True, "tau": 0.1}),
