@@ -140,6 +140,6 @@ def test_compare_prints_the_reachable_beside_the_learned(tmp_path, capsys):
 
 def test_learners_that_need_classes_are_refused(tmp_path):
     lacks = set(names()) - set(names(Linear(1, 1)))
-    assert lacks == {"class_mean", "head_only", "trigram", "lda", "lda_features"}
+    assert lacks == {"class_mean", "head_only", "trigram", "lda", "lda_features", "wemoe"}
     with pytest.raises(ValueError, match="scheme is 'head_only', allowed on planted: lora, "):
         compare(tmp_path, "planted", ["head_only"])
