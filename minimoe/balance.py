@@ -24,5 +24,5 @@ def switch_balance(l: Tensor, expert: Tensor, mask: Tensor) -> Tensor:
 def mean_over_tokens(each: Tensor, mask: Tensor) -> Tensor:
     """The mean of a loss (...) over the tokens of all processes where mask (...) is 1; 0 if there
     are none."""
-    total, tokens = (mask * each).sum(), mask.sum()
+    total, tokens = (mask * each.where(mask > 0, 0)).sum(), mask.sum()
     return sum_over_processes(total) / sum_over_processes(tokens).clamp_min(1)

@@ -118,13 +118,22 @@ def digest(data: Data) -> str:
 
 
 def together(parts: Sequence[Data]) -> Data:
-    """Several tasks' data as one: in memory if all are and fit together, else their batches in
-    turn."""
-    whole = [xy for part in parts if (xy := pair(part)) is not None]
-    layouts = [[layout(x) for x in xy] for xy in whole]
-    if len(whole) == len(parts) and all(other == layouts[0] for other in layouts):
-        return tuple(stacked(some) for some in zip(*whole, strict=True))
-    return _InTurn(parts)
+    """Several tasks' data as one, if all are in memory and fit together; else the batches in turn
+    of those that fit, or of each."""
+    groups: list[tuple[list[Any], list[tuple[Inputs, Inputs]]]] = []  # layouts, and who has them
+    for part in parts:
+        xy = pair(part)
+        if xy is None:
+            return _InTurn(parts)
+        layouts = [layout(x) for x in xy]
+        fitting = next((group for known, group in groups if known == layouts), None)
+        if fitting is None:
+            groups.append((layouts, fitting := []))
+        fitting.append(xy)
+    found: list[Data] = [
+        tuple(stacked(some) for some in zip(*group, strict=True)) for _, group in groups
+    ]
+    return found[0] if len(found) == 1 else _InTurn(found)
 
 
 class Mixed:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapt import adapters
 from ..adapter import Adapter
+from ..contextual import Contextual
 from . import data
 from .data import Inputs
 from .learn import AdapterLearner, Fit
@@ -150,7 +151,7 @@ class SecondStage(Replay):
         task = stream.tasks[t]
         kept = reservoir(task.train, self.keep)  # first: all processes draw the same
         AdapterLearner.learn(self, stream, t, fit)
-        self.memory = self.memory + [self.remembered(x, y, t) for x, y in kept]
+        memory = self.memory + [self.remembered(x, y, t) for x, y in kept]
         layers = [cast(Any, layer) for _, layer in adapters(self.model)]
         names = [key for name in layers[0].buffer_rows for key in (f"frozen_{name}", name)]
         routers = [rows for n in layers for key in names if len(rows := getattr(n, key))]
@@ -161,6 +162,21 @@ class SecondStage(Replay):
             for rows in routers:
                 rows.requires_grad_(on)
 
+        device = layers[0].B.device
+        examples = data.together([(data.to(x, device), data.to(y, device)) for x, y in memory])
         switch(True)
-        fit(self.router_model(), routers, Task(task.name, data.together(self.memory), task.test))
-        switch(False)
+        try:
+            fit(self.router_model(), routers, Task(task.name, examples, task.test))
+        finally:
+            switch(False)
+        self.memory = memory
+
+
+def counting(model: Contextual, each: Tensor, real: bool = False) -> Tensor:
+    """Which of a loss's values, of a model's answers, count: each (samples, ...), of real answers
+    one for every number. Those of a padding token do not; where a sample has one answer, all do."""
+    mask = model.context.get("mask")
+    axes = each.ndim - real  # without that of the numbers
+    if mask is None or axes < mask.ndim or each.shape[: mask.ndim] != mask.shape:
+        return torch.ones_like(each)
+    return model.mask(each.unsqueeze(-1))

@@ -39,6 +39,7 @@ from ..claims import Claims
 from ..context import WithContext
 from ..contextual import Contextual
 from ..continual.learn import AdapterLearner, Fit
+from ..continual.learners import counting
 from ..continual.stream import Stream
 from ..sparse import widened
 
@@ -92,10 +93,8 @@ class TwoPasses(Contextual):
         if self.model.training and self.weight:
             again = self.model(*args, **kwargs)
             p, q = (getattr(a, "logits", a) for a in (answers, again))
-            each, mask = disagreement(p, q, self.real), self.context.get("mask")
-            of_tokens = mask is None or mask.shape == each.shape[: mask.ndim]
-            counts = self.mask(each.unsqueeze(-1)) if of_tokens else torch.ones_like(each)
-            self.leave(self.weight * mean_over_tokens(each, counts))
+            each = disagreement(p, q, self.real)
+            self.leave(self.weight * mean_over_tokens(each, counting(self, each, self.real)))
         return answers
 
 

@@ -52,7 +52,7 @@ class InputDomainAware(LoRAMoE):
     """A router of densities. Parameters: R (D + O) + E (F D + 2 M F + M); active, E (F D + 2 M F +
     M) + k r (D + O).
 
-    Args beyond LoRAMoE's:
+    Args beyond LoRAMoE's, without balance and experts:
         components: M.
         code: F.
 

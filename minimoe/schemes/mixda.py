@@ -3,7 +3,7 @@
 Mixture-of-Domain-Adapters: Decoupling and Injecting Domain Knowledge to Pre-trained Language Models
 Memories. Diao et al., arXiv 2306.05406.
 
-The base layer is one of the paths that stand beside one another:
+The base layer is one of the paths:
 
     f_e = x W0ᵀ + scale · z_e B_e           the path of expert e; z_e = x A_eᵀ
     y = f_e                                 in training, e the last
@@ -16,17 +16,16 @@ that says nothing. In training a path is held to the base layer where the base l
     loss = anchor · mean over tokens and O of (f_e - x W0ᵀ)²      on inputs of the base domain
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
-x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values; networks as in wemoe.py; one expert per task:
-R = E·r. An x of three axes or more is (samples, tokens, D); of two or one, each row is a sample.
+x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values; networks and samples as in wemoe.py; one
+expert per task: R = E·r.
 
 Life (`MixDALearner`): one task trains one new expert, beside 64 inputs of the stream's base domain,
 drawn for each task, or alone where it has none; older ones are frozen. Then all networks train, by
 the tasks' loss, on examples of all tasks: `keep` of each are stored.
 
-Departures: the paper's f_e is an adapter without W0: at first f = 0, and the layer π_0 x W0ᵀ. Its
-blocks have a residual, which carries x on; a bare linear layer has none: r ranks alone would lose
-W0, and a stack of such paths, all 0, learns nothing. The paper's gate is one network of 4 layers
-with dropout, and trains on the whole task. The stored examples are ours.
+Departures: the paper's f_e has no W0, in blocks whose residual carries x on; a bare layer has none:
+r ranks would lose W0, and a stack of such paths, all 0, learns nothing. The paper's gate is one
+network of 4 layers with dropout, and trains on the whole task. The stored examples are ours.
 """
 
 from dataclasses import replace
@@ -39,7 +38,6 @@ from ..adapt import adapters
 from ..adapter import Adapter, Gate, require
 from ..balance import mean_over_tokens
 from ..continual import data
-from ..continual.data import Inputs
 from ..continual.learn import Fit
 from ..continual.learners import SecondStage
 from ..continual.stream import Stream, Task
@@ -77,9 +75,9 @@ class MixDA(WEMoE):
         gate = super().gate(x)
         if not (self.training and self.anchoring):
             return gate
-        off = self.scale * F.linear(F.linear(x, self.A), self.B.T)  # f_e - x W0ᵀ
-        each = widened(off).square().mean(-1)
-        return gate._replace(loss=self.anchor * mean_over_tokens(each, self.mask(x)))
+        off = widened(self.scale * F.linear(gate.z, self.B.T))  # f_e - x W0ᵀ
+        loss = mean_over_tokens(off.square().mean(-1), self.mask(x))
+        return gate._replace(loss=self.anchor * loss)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         l = self.networks(last_token(x, self.mask(x)))
@@ -92,7 +90,7 @@ def last_token(x: Tensor, mask: Tensor) -> Tensor:
         return x
     m = mask.flatten(1)
     last = m * (m.flip(1).cumsum(1).flip(1) == 1)  # 1 there, and 0 elsewhere
-    token = (last.to(x.dtype).unsqueeze(-1) * x.flatten(1, -2)).sum(1)
+    token = x.flatten(1, -2).where(last.unsqueeze(-1) > 0, 0).sum(1)  # padding may be nan
     return token.view(x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
 
 
@@ -106,8 +104,7 @@ class MixDALearner(SecondStage):
         inputs = None if stream.base is None else data.some(stream.base.train, 64)
 
         def fit_beside(model: nn.Module, weights: Any, task: Task) -> None:
-            _, layer = next(adapters(model))
-            alone = inputs is None or cast(MixDA, layer).routing
+            alone = inputs is None or any(cast(MixDA, n).routing for _, n in adapters(model))
             fit(model if alone else BesideBase(model, inputs), weights, task)
 
         super().learn(stream, t, fit_beside)
@@ -116,15 +113,18 @@ class MixDALearner(SecondStage):
 class BesideBase(nn.Module):
     """A model that is given inputs of the base domain first, for the loss there."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs):
+    def __init__(self, model: nn.Module, inputs: data.Inputs):
         super().__init__()
         self.model, self.inputs = model, inputs
-        self.layers = [cast(MixDA, layer) for _, layer in adapters(model)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for layer in self.layers:
-            layer.anchoring = True
-        data.call(self.model, data.to(self.inputs, self.layers[0].B.device))
-        for layer in self.layers:
-            layer.anchoring = False
+        self.switch(True)
+        try:
+            data.call(self.model, data.to(self.inputs, next(self.model.parameters()).device))
+        finally:
+            self.switch(False)
         return self.model(*args, **kwargs)
+
+    def switch(self, on: bool) -> None:
+        for _, layer in adapters(self.model):
+            cast(MixDA, layer).anchoring = on

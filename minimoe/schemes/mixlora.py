@@ -17,10 +17,11 @@ mean over experts, here the mean is of what each makes of its own activations. I
     loss = balance · E · Σ over e of (share of tokens whose largest l is l_e) · (mean softmax(l)_e)
 
 Axes: B batch, T tokens, D in and out, H hidden, r ranks per task, E experts, k kept experts.
-x (..., D), W1 (H, D), W2 (D, H), W (E, D) router; one expert per task.
+x (..., D), samples first, W1 (H, D), W2 (D, H), W (E, D) router; one expert per task.
 
 Life: one task trains one new expert and its router row; all older ones are frozen. What adapt.py
-does with a model of adapters (grow, parameters, count, save, load) it does with this one.
+does with a model of adapters (grow, parameters, count, save, load) it does with this one; the rest
+of a model is to be frozen by whom it belongs to.
 
 Departures: the paper trains once and never grows. Here the product of W1 is computed anew for each
 kept expert. In the loss, the authors' code counts all kept experts.
@@ -91,6 +92,7 @@ class MixLoRA(nn.Module):
         self.balance, self.training = balance, ffn.training
 
     def forward(self, x: Tensor) -> Tensor:
+        self.fc1.step.used = {}  # a new pass: the labels of the last are over
         l = self.fc1.project(x, "router")
         top, expert = l.topk(self.fc1.kept)  # (..., k)
         if self.training and self.balance:

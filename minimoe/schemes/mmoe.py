@@ -38,8 +38,8 @@ from .task_level import TaskRouted
 
 
 class MMoE(TaskRouted):
-    """A router for each task. Parameters: R (D + O) + (E / n) · tasks · n D; active, R (D + O) +
-    E D.
+    """A router for each task. Parameters: R (D + O) + (E / n) · tasks · n D; active, E D +
+    (E - m) (r / n) (D + O), where m experts are exclusive to other tasks.
 
     Args beyond Adapter's:
         experts: n, that a task adds, its r ranks shared out evenly.
@@ -73,6 +73,13 @@ class MMoE(TaskRouted):
     def sees(self, task: Tensor, expert: Tensor) -> Tensor:
         shared = expert % self.experts >= int(self.exclusive * self.experts)
         return super().sees(task, expert) & (shared | (expert // self.experts == task))
+
+    def active(self) -> int:
+        return self.speaking() + self.n_experts * self.in_features
+
+    def speaking(self) -> int:
+        seen = self.n_experts - int(self.exclusive * self.experts) * (self.learned - 1)
+        return seen * self.block * (self.in_features + self.out_features)
 
     def grow(self) -> None:
         if self.learned == self.tasks:

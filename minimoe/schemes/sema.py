@@ -138,7 +138,8 @@ def sample_mean(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return x, mask
     tokens, wide = tuple(range(1, x.ndim - 1)), widened(x)
     n = mask.sum(tokens, keepdim=True)
-    m = (wide * mask.unsqueeze(-1)).sum(tokens, keepdim=True) / n.clamp_min(1).unsqueeze(-1)
+    wide = wide.where(mask.unsqueeze(-1) > 0, 0)  # padding may be nan
+    m = wide.sum(tokens, keepdim=True) / n.clamp_min(1).unsqueeze(-1)
     return m.to(x.dtype), n.clamp_max(1)
 
 

@@ -39,7 +39,7 @@ class SpeechMoE2(LoRAMoE):
     """A router over tokens and samples. Parameters: R (D + O) + E (D + F); active, E (D + F) +
     k (R / E) (D + O).
 
-    Args beyond LoRAMoE's:
+    Args beyond LoRAMoE's, without balance and experts:
         embedding: F, the width of the embedding that it is given; 64 is the toy backbone's.
 
     Needs the context embedding (..., F), one per sample.

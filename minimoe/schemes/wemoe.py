@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Gate, require
 from ..balance import mean_over_tokens
+from ..context import WithContext
 from ..contextual import Contextual
-from ..continual.learners import SecondStage
+from ..continual.learners import SecondStage, counting
 from ..sparse import widened
 from .alone import TrainedAlone
 from .sema import sample_mean
@@ -106,12 +107,12 @@ class WEMoELearner(SecondStage):
         super().__init__(model, scheme, **settings)
 
     def router_model(self) -> nn.Module:
-        return Entropy(self.with_context)
+        return WithContext(Entropy(self.model), self._context)
 
 
 class Entropy(Contextual):
     """A model that leaves as a loss how unsure its answers are, -Σ p ln p of logits (..., C), the
-    mean over all. The answers are detached, so that no other loss teaches."""
+    mean over all but padding. The answers are detached, so that no other loss teaches."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -121,5 +122,6 @@ class Entropy(Contextual):
         answers = self.model(*args, **kwargs)
         logits: Tensor = getattr(answers, "logits", answers)
         l = widened(logits).log_softmax(-1)
-        self.leave(mean_over_tokens(-(l.exp() * l).sum(-1), self.mask(l)))
+        each = -(l.exp() * l).sum(-1)
+        self.leave(mean_over_tokens(each, counting(self, each)))
         return logits.detach()

@@ -39,8 +39,8 @@ def said(tmp_path_factory):
 
 
 NOISY = ("evomoe", "poly", "tensor_poly")  # as in parallel_train.py
-# AdamW makes steps of a gradient that is 0 but for rounding, as a threshold's often is, and at first
-# that of two passes which agree
+# AdamW makes steps of a gradient that is 0 but for rounding, as a threshold's often is, and at
+# first that of two passes, which agree
 ROUGH = ("adamole", "ld_mole", "dselect_k", "adamix")
 
 

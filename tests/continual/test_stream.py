@@ -259,7 +259,7 @@ def test_every_learner_lives_in_a_model_of_dictionaries(name):
     backbone = pretrain(BAGS, 0)
     assert not any(p.requires_grad for p in backbone.parameters())
     entry = ROSTER[name]
-    rank = {"rank": 3} if "rank" in entry.settings else {}
+    rank = {"rank": 4} if "rank" in entry.settings else {}
     run = run_stream(lambda m, s: entry.make(m, s, **rank), backbone, BAGS, 0, epochs=2)
     learned = [row for row in run.matrix if not any(map(math.isnan, row))]
     assert len(learned) == (2 if name == "joint" else 3)

@@ -7,6 +7,7 @@ import torch
 from layers import X, filled
 from oracle import gradient, softmax
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minimoe import LoRA, LoRAMoE
 from minimoe.adapt import adapters, context, count, grow, load, parameters, save
@@ -180,3 +181,19 @@ def test_counts_are_the_docstrings(tasks):
     counts = count(grown(tasks))
     assert counts["stored"] == tasks * (ranks + 7) and counts["read"] == tasks * 7 + k * ranks
     assert counts["speaking"] == k * ranks
+
+
+def test_a_checkpointed_pass_has_the_same_gradients_and_the_next_one_too():
+    layer = grown(balance=0.5).train()
+    x, mask = torch.randn(4, 5, 7, dtype=torch.float64), torch.arange(5).expand(4, 5) < 3
+
+    def gradients(run):
+        with context(layer, mask=mask) as batch:
+            y = run(layer)
+            loss = y.square().mean() + batch.aux_loss
+        return torch.autograd.grad(loss, parameters(layer))
+
+    wanted = gradients(lambda layer: layer(x))
+    for _ in range(2):
+        found = gradients(lambda layer: checkpoint(layer, x, use_reentrant=False))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -172,3 +172,11 @@ class TestMMoE:
         assert keep(layer, range(6)).ranks == layer.ranks
         one, (A, B) = extract(layer, 3), (layer.keys[6:8], layer.rows("B")[6:8])
         assert torch.equal(one.A, A) and torch.equal(one.B, B)
+
+    @pytest.mark.parametrize("exclusive", [0.0, 0.5, 1.0])
+    def test_who_speaks_is_who_has_weight_for_a_task(self, exclusive):
+        layer = grown("mmoe", rank=4, experts=2, exclusive=exclusive).eval()
+        w = torch.stack([weights(layer, label) for label in range(3)])  # (tasks, T, E)
+        speak = int((w != 0).sum(-1).max())
+        assert layer.speaking() == speak * layer.block * (7 + 5)
+        assert layer.active() == layer.speaking() + 6 * 7
