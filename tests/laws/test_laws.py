@@ -33,7 +33,7 @@ NAMES = {law.__name__: law for law in LAWS}
 BROKEN = Path(__file__).parents[1] / "broken"
 WRONG = sorted(path.stem for path in BROKEN.glob("*.py"))
 LONG = {"compiles", "active_is_read"}
-QUICK = {"equation", "grow_keeps", "only_live_learns", "eval_is_still", "zero_is_finite"}
+QUICK = {"equation", "grow_keeps"}
 # what does not claim a law, and so is not held to it
 UNCLAIMED = {name: getattr(file_of(name), "UNCLAIMED", set()) for name in SCHEMES}
 UNCLAIMED |= {

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from layers import (
-    OWN,
     PATHS,
     arrays,
     calm,
@@ -42,15 +41,12 @@ THREE = [name for name, entry in ROSTER.items() if entry.kind == "scheme"]
 WITH_AUX = [case for case in CASES if hasattr(own(case)[1], "AUX")]
 
 
-def rule(case):
-    """Whether a case is a rule of routing alone, with the products and the state of others."""
-    return case.partition(" ")[0] not in OWN
-
-
 @pytest.mark.parametrize(
     ("case", "size"),
     [
-        pytest.param(case, size, marks=[pytest.mark.slow] if size == LARGE and rule(case) else [])
+        pytest.param(
+            case, size, marks=[pytest.mark.slow] if size == LARGE and case not in THREE else []
+        )
         for case in CASES
         for size in SIZES
     ],
@@ -294,7 +290,7 @@ def test_half_precision_and_autocast_come_near(case, dtype, path):
         pytest.param(
             case,
             path,
-            marks=[] if case in THREE or (path == "plain" and not rule(case)) else pytest.mark.slow,
+            marks=[] if case in THREE else pytest.mark.slow,
         )
         for case in CASES
         for path in ("plain", "dense", "gather")
