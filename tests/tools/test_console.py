@@ -192,6 +192,15 @@ def test_a_stopped_command_says_so_in_a_line(command, mark, stop, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture
+def interruptible():
+    """As in a foreground; what a shell starts with `&` ignores Ctrl-C."""
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, was)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, console.Stopped])
 def test_a_stop_waits_where_it_is_held(error):
     number = signal.SIGTERM if error is console.Stopped else signal.SIGINT
