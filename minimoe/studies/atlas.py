@@ -4,8 +4,8 @@ The main table. Settings are those of tuned.json, which test data had no part in
 the share of the gate's weight that a task's inputs give in the end to its ranks, mean over tasks:
 1 if the gate knows the task, 1 in as many as there are tasks if it knows nothing.
 
-Schemes of the atlas have the first five of the seeds, all others all; two of them are compared over
-the seeds that both have.
+Schemes of the atlas, but those of common.SIMPLE, have the first five of the seeds, all others all;
+two of them are compared over the seeds that both have.
 """
 
 import dataclasses
