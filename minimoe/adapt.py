@@ -206,7 +206,7 @@ def unwrap(model: nn.Module, merge: bool = True) -> nn.Module:
         module.__dict__.pop("trained_beside", None)
     for _, adapter in layers:
         move_hooks(adapter, adapter.base)
-        del adapter.base.adapted
+        adapter.base.__dict__.pop("adapted", None)  # there if it was `adapt` that wrapped it
     return model.base if isinstance(model, Adapter) else model
 
 

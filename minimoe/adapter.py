@@ -74,13 +74,13 @@ class Adapter(Wrapped):
 
     def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
         super().__init__(base)
-        for name, value in {"rank": rank, "top_k": vars(self).get("top_k", 1)}.items():
-            require(value % 1 == 0, name, value, "a whole number")
+        self.rank, self.scale = rank, scale
+        for name, kind in inspect.get_annotations(type(self).__init__).items():
+            value = vars(self).get(name, 1)
+            require(kind not in (int, "int") or value % 1 == 0, name, value, "a whole number")
         require(math.isfinite(scale), "scale", scale, "a number")
         most = min(self.in_features, self.out_features)
-        if not 1 <= rank <= most:
-            raise ValueError(f"rank is {rank}, allowed for this layer: 1 to {most}")
-        self.rank, self.scale = rank, scale
+        require(1 <= rank <= most, "rank", rank, f"1 to {most} for this layer")
         fresh, shared = self.fresh(), self.task_agnostic()
         self.require_no_clash({*fresh, *shared, *(f"frozen_{name}" for name in fresh)})
         for name, rows in fresh.items():

@@ -115,7 +115,7 @@ def test_a_transformers_fused_path_does_not_skip_the_adapters(mask):
             r"out_proj",
             "matches out_proj, which is read past any wrapper by nn.MultiheadAttention",
         ),
-        (model(None), r"1\.out", "rank is 7, allowed for this layer: 1 to 6"),
+        (model(None), r"1\.out", "rank is 7, allowed: 1 to 6 for this layer"),
     ],
 )
 def test_targets_that_cannot_be_are_named_and_nothing_changes(net, targets, message):

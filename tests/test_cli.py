@@ -210,7 +210,7 @@ BAD = [
     (["compare", "--device", "cuda:99"], "device is 'cuda:99', allowed here: cpu"),
     (["compare", "--top-k", "0"], "top_k is 0, allowed: 1 or more"),
     (["compare", "--top-k", "-2"], "top_k is -2, allowed: 1 or more"),
-    (["compare", "--rank", "65"], "rank is 65, allowed for this layer: 1 to 32"),
+    (["compare", "--rank", "65"], "rank is 65, allowed: 1 to 32 for this layer"),
     (["compare", "--tau", "0"], "tau is 0.0, allowed: above 0"),
     (["compare", "--tau", "-1"], "tau is -1.0, allowed: above 0"),
     (["compare", "--tau", "warm"], "argument --tau: invalid float value: 'warm'"),

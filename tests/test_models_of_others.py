@@ -250,7 +250,7 @@ class TestAllOrNothing:
     def test_a_layer_that_does_not_fit_is_named(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
         before = snapshot(model)
-        message = r"^1 \(Linear\): rank is 4, allowed for this layer: 1 to 2$"
+        message = r"^1 \(Linear\): rank is 4, allowed: 1 to 2 for this layer$"
         with pytest.raises(ValueError, match=message):
             adapt(model, LoRA, r"\d", rank=4)
         assert unchanged(model, before)

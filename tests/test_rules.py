@@ -663,7 +663,7 @@ class TestUpcycle:
         layer = LoRA(nn.Linear(7, 5), rank=2)
         for settings, message in (
             ({"experts": 0}, "experts is 0, allowed: 1 or more"),
-            ({"experts": 3}, "rank is 6, allowed for this layer: 1 to 5"),
+            ({"experts": 3}, "rank is 6, allowed: 1 to 5 for this layer"),
             ({"experts": 2, "noise": -1.0}, "noise is -1.0, allowed: 0 or more"),
             ({"experts": 2, "top_k": 0}, "top_k is 0, allowed: 1 or more"),
         ):
@@ -671,6 +671,9 @@ class TestUpcycle:
                 upcycle(layer, **settings)
         with pytest.raises(ValueError, match=r"^layer is MoRA, allowed: LoRA$"):
             upcycle(grown("mora"), 2)
+        told = SCHEMES["speech_moe"]
+        with pytest.raises(ValueError, match=r"^scheme is .*, allowed: one with a setting exp"):
+            upcycle(layer, 2, told)
 
 
 class TestExtract:

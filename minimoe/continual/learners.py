@@ -171,6 +171,18 @@ class SecondStage(Replay):
             switch(False)
         self.memory = memory
 
+    def count(self) -> dict[str, int]:
+        """The routers train too, though not beside the experts."""
+        counts = super().count()
+        layers = [layer for _, layer in adapters(self.model)]
+        routers = [
+            getattr(n, f"{of}{name}")
+            for n in layers
+            for name in n.buffer_rows
+            for of in ("", "frozen_")
+        ]
+        return counts | {"trainable": counts["trainable"] + sum(rows.numel() for rows in routers)}
+
 
 def counting(model: Contextual, each: Tensor, real: bool = False) -> Tensor:
     """Which of a loss's values, of a model's answers, count: each (samples, ...), of real answers

@@ -3,6 +3,7 @@
 Axes, errors: those of rules/__init__.py.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,10 +30,13 @@ def upcycle(
     renormalised (AdaMoE) scales the update by Σ p of the kept. While copies are alike the router
     has no gradient: noise, N(0, noise²) on values, makes them differ.
 
-    Raises ValueError if layer is no LoRA, experts < 1 or noise < 0, and what the scheme raises.
+    Raises ValueError if layer is no LoRA, experts < 1, noise < 0 or the scheme has no setting
+    experts, and what the scheme raises.
     """
     require(isinstance(layer, LoRA), "layer", type(layer).__name__, "LoRA")
     require(experts >= 1, "experts", experts, "1 or more")
+    takes = "experts" in inspect.signature(scheme).parameters
+    require(takes, "scheme", scheme.__name__, "one with a setting experts")
     require(noise >= 0, "noise", noise, "0 or more")
     A, B = (layer.rows(name).detach().repeat(experts, 1) for name in ("A", "B"))
     B = B + noise * torch.randn_like(B)

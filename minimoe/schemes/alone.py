@@ -59,6 +59,10 @@ class TrainedAlone(Adapter):
         """The kept experts (..., k) and their weights, for x (..., D)."""
         raise NotImplementedError
 
+    def speaking(self) -> int:
+        D, O = self.in_features, self.out_features
+        return self.block * (D + O) if self.training else super().speaking()
+
 
 class Alone(TrainedAlone):
     """Whole LoRAs, the one with the nearest mean speaks. Parameters: R (D + O) + E D; active,

@@ -65,10 +65,6 @@ class Arrow(TrainedAlone):
         experts = 1 if self.training else self.n_experts
         return experts * self.block * (self.in_features + self.out_features)
 
-    def speaking(self) -> int:
-        experts = 1 if self.training else self.kept
-        return experts * self.block * (self.in_features + self.out_features)
-
 
 def directions(A: Tensor, B: Tensor) -> Tensor:
     """v (E, D) of length 1, which ‖v Aᵀ B‖ is largest for, of A (E, r, D) and B (E, r, O)."""

@@ -92,6 +92,8 @@ class MixLoRA(nn.Module):
         self.balance, self.training = balance, ffn.training
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.fc1, FirstLinear):  # unwrapped
+            return cast(Tensor, self.fc2(self.act(self.fc1(x))))
         self.fc1.step.used = {}  # a new pass: the labels of the last are over
         l = self.fc1.project(x, "router")
         top, expert = l.topk(self.fc1.kept)  # (..., k)

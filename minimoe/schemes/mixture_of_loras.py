@@ -45,6 +45,8 @@ from .alone import TrainedAlone
 from .meteora import label_loss
 from .sema import sample_mean
 
+LABEL = "its label"  # in an example, beside what the model is given: no argument has a space
+
 
 class MixtureOfLoRAs(TrainedAlone):
     """Whole LoRAs, one for a sample. Parameters: R (D + O) + E D; active, r (D + O), and in
@@ -95,7 +97,7 @@ class MixtureOfLoRAsLearner(SecondStage):
 
     def remembered(self, x: Inputs, y: Inputs, t: int) -> Example:
         named = x if isinstance(x, dict) else {"": x}
-        return {**named, "label": torch.tensor([t], device=data.device_of(x))}, y
+        return {**named, LABEL: torch.tensor([t], device=data.device_of(x))}, y
 
     def router_model(self) -> nn.Module:
         return Labelled(self.with_context)
@@ -108,6 +110,6 @@ class Labelled(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, label: Tensor, **x: Tensor) -> Any:
-        with context(self.model, label=label):
+    def forward(self, **x: Tensor) -> Any:
+        with context(self.model, label=x.pop(LABEL)):
             return data.call(self.model, x.get("", x))

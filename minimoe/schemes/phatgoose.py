@@ -76,10 +76,6 @@ class PHATGOOSE(TrainedAlone):
     def active(self) -> int:
         return self.speaking() + (0 if self.training else self.n_experts * self.in_features)
 
-    def speaking(self) -> int:
-        experts = 1 if self.training else self.kept
-        return experts * self.block * (self.in_features + self.out_features)
-
     def fresh(self) -> dict[str, Tensor]:
         return super().fresh() | {"v": self.empty(1, self.in_features).zero_()}
 

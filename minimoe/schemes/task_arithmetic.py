@@ -50,7 +50,3 @@ class TaskArithmetic(TrainedAlone):
 
     def active(self) -> int:
         return self.speaking()
-
-    def speaking(self) -> int:
-        experts = 1 if self.training else self.n_experts
-        return experts * self.block * (self.in_features + self.out_features)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..sparse import widened
-from .alone import Alone
+from .alone import Alone, TrainedAlone
 
 
 class TokenLevel(Alone):
@@ -40,10 +40,5 @@ class TokenLevel(Alone):
         w = torch.where(s == s.amax(-1, keepdim=True), 4 * s, s).softmax(-1)
         return torch.arange(w.shape[-1], device=w.device).expand_as(w), w.to(x.dtype)
 
-    def active(self) -> int:
-        means = 0 if self.training else self.n_experts * self.in_features
-        return self.speaking() + means
-
     def speaking(self) -> int:
-        experts = 1 if self.training else self.n_experts
-        return experts * self.block * (self.in_features + self.out_features)
+        return TrainedAlone.speaking(self)

@@ -85,10 +85,6 @@ class WEMoE(TrainedAlone):
         networks = self.n_experts * (self.width * (self.in_features + 2) + 1)
         return self.speaking() + (0 if self.training else networks)
 
-    def speaking(self) -> int:
-        ranks = self.block if self.training else self.ranks
-        return ranks * (self.in_features + self.out_features)
-
     def fresh(self) -> dict[str, Tensor]:
         P, q = self.empty(self.width, self.in_features), self.empty(1, self.width)
         c, d = self.empty(self.width).zero_(), self.empty(1).fill_(self.start)

@@ -2,6 +2,7 @@
 has them, a birth that changes nothing, states that load, counts that are the docstrings'."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -210,8 +211,16 @@ def test_those_who_speak_are_counted(case):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_rank_beyond_the_layer_is_named(name):
-    with pytest.raises(ValueError, match=r"^rank is 6, allowed for this layer: 1 to 5$"):
+    with pytest.raises(ValueError, match=r"^rank is 6, allowed: 1 to 5 for this layer$"):
         SCHEMES[name](nn.Linear(7, 5), rank=6)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_part_of_a_whole_number_is_named(name):
+    kinds = inspect.get_annotations(SCHEMES[name].__init__)
+    for setting in [setting for setting, kind in kinds.items() if kind is int]:
+        with pytest.raises(ValueError, match=rf"\b{setting} (is )?2\.5\b"):
+            SCHEMES[name](nn.Linear(7, 5), **{"rank": 1, setting: 2.5})
 
 
 def test_only_a_linear_layer_is_adapted():

@@ -36,7 +36,7 @@ def ACTIVE(D, O, R, r, E, k):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank is 0, allowed for this layer: 1 to 5"),
+        ({"rank": 0}, "rank is 0, allowed: 1 to 5 for this layer"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):

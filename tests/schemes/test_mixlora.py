@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minimoe import LoRA, LoRAMoE
-from minimoe.adapt import adapters, context, count, grow, load, parameters, save
+from minimoe.adapt import adapters, context, count, grow, load, parameters, save, unwrap
 from minimoe.schemes.mixlora import MixLoRA
 
 
@@ -64,7 +64,7 @@ def mixlora(x, rows, scale, k):
     [
         ({"top_k": 0}, "top_k is 0, allowed: 1 or more"),
         ({"balance": -1.0}, "balance is -1.0, allowed: 0 or more"),
-        ({"rank": 7}, "rank is 7, allowed for this layer: 1 to 6"),
+        ({"rank": 7}, "rank is 7, allowed: 1 to 6 for this layer"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
@@ -175,6 +175,13 @@ def test_old_experts_keep_every_bit_and_a_file_brings_all_back(tmp_path):
     other = MixLoRA(nn.Sequential(layer.fc1.base, nn.ReLU(), layer.fc2.base), 2, 0.7)
     load(other, tmp_path / "a.safetensors")
     assert torch.equal(other.eval()(X), layer.eval()(X))
+
+
+def test_unwrapped_it_is_the_ffn_and_trains_nothing():
+    layer = grown()
+    want = layer.fc2.base(torch.relu(layer.fc1.base(X)))
+    assert unwrap(layer) is layer and not parameters(layer)
+    assert torch.equal(layer(X), want)
 
 
 @pytest.mark.parametrize("tasks", [1, 3])

@@ -14,7 +14,7 @@ from minimoe.adapt import adapters, context
 from minimoe.continual.learn import train
 from minimoe.continual.probe import dense_gate
 from minimoe.continual.stream import Stream, Task
-from minimoe.schemes.mixture_of_loras import MixtureOfLoRAsLearner
+from minimoe.schemes.mixture_of_loras import LABEL, MixtureOfLoRAsLearner
 
 SETTINGS = {"scale": 0.7}
 UNCLAIMED = {"support", "degenerates_to_lora", "merge_is_equal"}  # laws
@@ -103,15 +103,15 @@ class TestMixtureOfLoRAs:
         assert layer.eval().active() == 2 * (7 + 5) + 3 * 7
 
 
-def two_tasks(make, named=False, classes=False, **settings):
+def two_tasks(make, named=None, classes=False, **settings):
     """A learner after two tasks in a net of two layers, and what was fitted."""
     torch.manual_seed(0)
-    net = Net().requires_grad_(False)
+    net = (OfLabel if named == "label" else Net)().requires_grad_(False)
     tasks = []
     for t in range(2):
         x, y = torch.randn(200, 6) + 4 * t - 2, torch.randn(200, 6)
         y = y.argmax(-1) if classes else y
-        both = ({"x": x} if named else x, y)
+        both = ({named: x} if named else x, y)
         tasks.append(Task(f"t{t}", both, both))
     learner, fitted = make(net, rank=2, **settings), []
 
@@ -136,6 +136,11 @@ class Net(nn.Module):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
+class OfLabel(Net):
+    def forward(self, label):
+        return super().forward(label)
+
+
 class TestMixtureOfLoRAsLearner:
     def test_the_router_learns_from_stored_examples_of_all_tasks_and_moves_no_expert(self):
         learner, fitted, tasks = two_tasks(MixtureOfLoRAsLearner, keep=15)
@@ -144,7 +149,7 @@ class TestMixtureOfLoRAsLearner:
             [(1, 6), (1, 6), (1, 9), (1, 9)],
         ]
         x = fitted[3][1].x_train
-        assert x["label"].tolist() == [0] * 15 + [1] * 15
+        assert x[LABEL].tolist() == [0] * 15 + [1] * 15
         for t in range(2):
             for one in x[""][15 * t : 15 * t + 15]:
                 assert (tasks[t].x_train == one).all(1).any()
@@ -165,12 +170,14 @@ class TestMixtureOfLoRAsLearner:
         learner, _, _ = two_tasks(MixtureOfLoRAsLearner, keep=15)
         layers = 4 * (6 + 9) * 2 + 2 * (6 + 9)
         assert learner.count()["stored"] == layers + 30 * (6 + 6 + 1)
+        assert learner.count()["trainable"] == 2 * (6 + 9) * 2 + 2 * (6 + 9)
         other = MixtureOfLoRAsLearner(Net().requires_grad_(False), rank=2, keep=15)
         other.load_state(learner.state())
-        assert [x["label"].item() for x, _ in other.memory] == [0] * 15 + [1] * 15
+        assert [x[LABEL].item() for x, _ in other.memory] == [0] * 15 + [1] * 15
 
-    def test_inputs_may_have_names(self):
-        one, _, tasks = two_tasks(MixtureOfLoRAsLearner, keep=15, named=True)
+    @pytest.mark.parametrize("named", ["x", "label"])
+    def test_inputs_may_have_names(self, named):
+        one, _, tasks = two_tasks(MixtureOfLoRAsLearner, keep=15, named=named)
         other, _, _ = two_tasks(MixtureOfLoRAsLearner, keep=15)
         x = tasks[0].x_test
-        assert torch.equal(one.predict(x, 0), other.predict(x["x"], 0))
+        assert torch.equal(one.predict(x, 0), other.predict(x[named], 0))
