@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Low rank: an update of few directions, and how a second task overwrites it
 #
-# A large layer can be changed by a small matrix. This notebook shows what a rank buys, what
-# `minimoe.LoRA` computes, and what happens to a first task when a second one is learned on top.
-# It asks for torch and linear layers, nothing else. It runs in well under a minute on a laptop.
+# A large layer can be changed by a small matrix. You will measure how accuracy depends on the rank,
+# see what `minimoe.LoRA` computes, and see a second task overwrite the first. You need PyTorch and
+# linear layers. It runs in well under a minute on a laptop.
 
 # %%
 import copy
@@ -33,9 +33,10 @@ plt.rcParams["figure.dpi"] = 80
 # %% [markdown]
 # ## A change, and its rank
 #
-# The stream has a base domain (upright digits of 8×8 pixels) and two tasks. Each task shuffles the
-# pixels its own way. A backbone of three linear layers knows the base domain. On a shuffled digit
-# it guesses.
+# In continual learning tasks come one after another, and the data of old tasks do not come back.
+# Such a sequence is a *stream*. The *backbone*, a network of three linear layers, was trained on
+# the stream's base domain, upright digits of 8×8 pixels. Each of the two tasks reorders the pixels
+# in its own way; there the backbone can only guess.
 
 # %%
 stream = make("permuted-digits", 2)
@@ -137,8 +138,8 @@ assert costs[RANKS.index(64)] > full  # at full rank the product costs more than
 #
 # $$z = x A^\top \qquad y = x W_0^\top + \mathrm{scale} \cdot z B$$
 #
-# `minimoe.LoRA` wraps an `nn.Linear`. Keys start at random and values at zero, so a fresh layer
-# says what the base layer says, bit for bit.
+# `minimoe.LoRA` wraps an `nn.Linear`. Keys start at random and values at zero, so a new layer gives
+# exactly the base layer's output, bit for bit.
 
 # %%
 linear = nn.Linear(32, 24)  # D = 32 in, O = 24 out
@@ -153,7 +154,7 @@ assert not linear.weight.requires_grad  # and the base is frozen
 print(layer)
 
 # %% [markdown]
-# In the first step only one of the two moves. With dy the gradient that arrives at y,
+# In the first step only B changes. With dy the gradient that arrives at y,
 #
 # $$\frac{\partial L}{\partial B} = \mathrm{scale} \cdot z^\top dy \qquad
 # \frac{\partial L}{\partial A} = \mathrm{scale} \cdot (dy\, B^\top)^\top x$$
@@ -177,9 +178,9 @@ optimiser.zero_grad()
 assert layer.A.grad.any()  # from the second step on, both learn
 
 # %% [markdown]
-# After some training the equation still holds. To see the update as one matrix, feed
-# the layer the identity: row d of the answer, less the base's, is what input d adds. However long
-# it trains, its rank is at most r.
+# After some training the equation still holds. To see the update as one matrix, apply the layer and
+# its base to the identity matrix, and subtract. Row d of the difference is the effect of input d.
+# Its rank is at most r, however long the layer trains.
 
 # %%
 for _ in range(200):
@@ -216,8 +217,8 @@ assert update.numel() == 32 * 24 == 768
 # ## Merge and unmerge
 #
 # One matrix does the same: add the update to W0, and the layer costs what it cost without LoRA.
-# `merge` does that and keeps W0; `unmerge` puts it back bit for bit. In between the layer is for
-# use only, and says so.
+# `merge` does that and keeps W0; `unmerge` puts it back bit for bit. While merged, a layer can be
+# used, but not trained or grown: trying raises an error.
 
 # %%
 before, W0 = layer(x).detach(), linear.weight.clone()
@@ -330,12 +331,12 @@ assert path[-1, 1] > 0.9
 # %% [markdown]
 # ## Where it went
 #
-# The images of task 1 have not changed and neither has the head. What the layers say to those
-# images has. `records["drift"]` of the run is how far: ‖y − y′‖ / ‖u′‖, y′ being the layer's output
-# just after the task was learned and u′ the LoRA's part of it, each summed over inputs, and a mean
-# over layers. At 1, learning the next task has moved as much as learning this one had.
-# `interference` is its mean over old tasks. The picture shows the last layer's outputs for three
-# digits of task 1, in the plane of the three digits' class vectors.
+# The images of task 1 have not changed and neither has the head. The layers' outputs for them have.
+# `records["drift"]` of the run is how far: ‖y − y′‖ / ‖u′‖, y′ being the layer's output just after
+# the task was learned and u′ the LoRA's part of it, each summed over inputs, and a mean over
+# layers. At 1, learning the next task has moved as much as learning this one had. `interference` is
+# its mean over old tasks. The picture shows the last layer's outputs for three digits of task 1, in
+# the plane of the three digits' class vectors.
 
 # %%
 drift = np.array(one.records["drift"])
@@ -408,8 +409,8 @@ assert a_grown[2, 0] < a_grown[1, 0] - 0.2
 assert grown.stored == 2 * grown.trainable
 
 # %% [markdown]
-# Nothing is overwritten, but it is talked over. Every rank speaks for every input, so the new ranks
-# speak for the old task's inputs too, in a direction that was learned for others. In the first
+# No old weight has changed. But every rank is added for every input, so the new ranks also change
+# the output for the old task's inputs, in a direction that was learned for others. In the first
 # layer, whose input is the image, the whole move is the new ranks' term of the equation:
 #
 # $$y_\text{now} - y_\text{then} = \mathrm{scale} \cdot (x A_\text{new}^\top)\, B_\text{new}$$
@@ -429,8 +430,7 @@ assert strength > 0.3
 assert span > 50
 
 # %% [markdown]
-# So take the new ranks' voice away: set their values to zero. The first task is back, whole. Then
-# the second is gone.
+# So set the values of the new ranks to zero. Task 1 is fully restored, and task 2 is lost.
 
 # %%
 silenced = copy.deepcopy(grown_after_2)
@@ -459,8 +459,8 @@ assert abs(quiet[0] - a_grown[1, 0]) < 0.01
 assert quiet[1] < 0.4
 
 # %% [markdown]
-# Each input should hear the ranks that know it. That is a gate, and the next notebooks are about
-# gates.
+# Each input should use only the ranks that were trained on inputs like it. A *gate* gives each rank
+# a weight that depends on the input. The next notebooks are about gates.
 #
 # ## Save and load
 #
@@ -544,9 +544,9 @@ with exercise("2"):
         assert not fits[1], f"rank {rank} is not the largest {case}"
 
 # %% [markdown]
-# **3. Keys that old inputs do not touch.** A new rank leaves an input alone if its key reads
-# nothing there: x · A_new = 0. Given keys (r, D) and some old inputs (N, D) with N < D, return keys
-# of the same shape that read zero on every old input and still tell new inputs apart. (The matrix
+# **3. Keys that old inputs do not touch.** A new rank does not change the output for x if x · A_new
+# = 0. Given keys (r, D) and some old inputs (N, D) with N < D, return keys of the same shape whose
+# dot product with every old input is zero, and which still tell new inputs apart. (The matrix
 # `old.pinverse() @ old` projects on the span of the old inputs.)
 
 

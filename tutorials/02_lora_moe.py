@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Experts and a router: what is forgotten is who should speak
+# # Experts and a router: what is lost is the routing, not the experts
 #
 # Whole LoRAs become experts, and a router picks a few of them for each input. This notebook shows
 # the gate, what trains the router and what does not, and where routing goes wrong as tasks come,
@@ -35,7 +35,8 @@ plt.rcParams["figure.dpi"] = 80
 # %% [markdown]
 # ## One weight for each block of ranks
 #
-# Notebook 01 ended with ranks that speak for inputs they do not know. A gate g decides who speaks:
+# Notebook 01 ended with ranks that change the output for inputs on which they were not trained. A
+# gate g gives each rank a weight for each input:
 #
 # $$z = x A^\top \qquad y = x W_0^\top + \mathrm{scale} \cdot (g \odot z)\, B$$
 #
@@ -98,8 +99,8 @@ for edge in (3.5, 7.5):
 
 # %% [markdown]
 # These are facts of every LoRA-MoE layer, not of this one. `minimoe.laws` holds a scheme to them on
-# layers of drawn sizes: at most k experts speak, the weights sum to 1, and where all weights are
-# equal the layer is dense LoRA, divided by the number of experts.
+# layers of drawn sizes: at most k experts have a weight, the weights sum to 1, and where all
+# weights are equal the layer is dense LoRA, divided by the number of experts.
 
 # %%
 for law in (support, simplex, degenerates_to_lora):
@@ -123,9 +124,11 @@ with torch.no_grad():
 # %% [markdown]
 # ## What trains the router
 #
-# The router has no loss of its own. It learns through the weights: if more of expert e would have
-# been better, l_e rises. With one expert kept, the weight is 1 and stays 1, so there is nothing to
-# learn from: the gradient is exactly zero, however many experts there are.
+# The router has no loss of its own. It learns through the weights: l_e rises when more weight on
+# expert e lowers the task's loss. With one expert kept, the weight is 1 and stays 1, so there is
+# nothing to learn from: the gradient is exactly zero, however many experts there are. (That is so
+# where the softmax comes after the top k. Switch Transformers take it before, and their router
+# learns with one expert kept.)
 
 
 # %%
@@ -155,10 +158,10 @@ assert not router_gradient(top_k=2, experts=1).any()  # the first task: nobody t
 #
 # ## A newcomer competes before it knows anything
 #
-# A fresh expert's values are zero, but its router row is not, and the softmax has one more to
-# choose from. An input that picks the newcomer gives it weight, which the others lose. The old
-# experts have the same rows as before, and the output still moves. An input that does not pick it
-# is left alone.
+# A fresh expert's values are zero, but its router row is not, and it adds one term to the softmax.
+# An input that picks the new expert gives it weight, which the others lose. The old experts have
+# the same rows as before, and still the output changes. For an input that does not pick the new
+# expert nothing changes.
 
 # %%
 with torch.no_grad():
@@ -285,8 +288,8 @@ assert a[-1, 0] < learned[0] - 0.25  # the first task suffers
 # The run also has `records`, of the gates on fixed test images of each task. `records["mass"][i, j,
 # t]` is the share of weight that images of task j give to the expert of task t, after i tasks, as a
 # mean over layers. On the diagonal, experts serve the inputs that they were trained on. Right of it
-# later experts have weight for older inputs. `records["said"]` has the shares of what is said, by
-# its length: weight on an expert that says nothing does no harm.
+# later experts have weight for older inputs. `records["said"]` has each expert's share of the
+# update, by its length: weight on an expert whose output is zero does no harm.
 
 # %%
 mass = np.array(run.records["mass"])  # (J + 1, J, J)
@@ -316,10 +319,11 @@ assert np.isclose(intrusion(run.records), by_hand)
 # %% [markdown]
 # `minimoe.continual.probe` makes numbers of it, each a mean over tasks:
 #
-# - **intrusion**: the share of what is said to old inputs that later experts say;
-# - **instability**: the share of what is said to an old input that other experts say than then;
-# - **ambiguity**: how undecided the gate is, from 0, one expert has all the weight, to 1, all that
-#   are kept have the same;
+# - **intrusion**: of the update for old inputs, the share that comes from later experts;
+# - **instability**: of the update for an old input, the share that comes from other experts than
+#   just after its task;
+# - **ambiguity**: how undecided the gate is: 0 if one expert has all the weight, 1 if all that are
+#   kept have the same;
 # - **interference**: how far the layers' outputs for old inputs have moved, in units of how far
 #   learning had moved them.
 
@@ -353,10 +357,10 @@ for (_, born), (_, now) in zip(adapters(copies[0]), adapters(end), strict=True):
 
 # %% [markdown]
 # So an old input gets the same logits for the old experts as ever (in the first layer, whose inputs
-# cannot move). Only rivals have joined. A new row is trained to win on its own task's inputs; what
-# it says to older ones, nobody asks. On the inputs of a later task its own row leads by far, and
-# takes most of the weight. Task 1's row, untrained, says about zero to its own inputs: rivals
-# come near by accident, and share the weight, or win.
+# cannot move). Only rivals have joined. A new row is trained to win on its own task's inputs; its
+# logits on older inputs are not trained. On the inputs of a later task its own row leads by far,
+# and takes most of the weight. Task 1's row is untrained, and its logits on its own inputs are near
+# zero: other rows come near them by accident, and share the weight, or win.
 
 # %%
 with torch.no_grad():
@@ -445,16 +449,16 @@ assert np.mean(own_given) > a[-1].mean()
 
 # %% [markdown]
 # With the later rows hidden, every task is back where it was. With its one expert given, the first
-# task is back, and the others mostly: theirs learned as one voice of two, beside an older one. In
-# both cases somebody had to say which task it is. Nobody does at test.
+# task is back, and the others mostly: those were trained together with an older expert. Both
+# repairs need the task's number, which is not given at test.
 #
 # ## Three changes that do not bring task 1 back
 #
-# Keep one expert: no router row is ever trained, and each task's inputs go where random rows send
-# them, while it is learned and after. Add the balance loss: in a batch of one task it asks for that
-# task to be spread over all experts, also over those of other tasks. Train the old router rows on,
-# beside the new one: they now move for inputs that are not theirs, and ACC changes by little. All
-# on the first three tasks.
+# Keep one expert: no router row is ever trained, and each task's inputs are routed by random rows,
+# in training and at test. Add the balance loss: in a batch of one task it asks for that task to be
+# spread over all experts, also over those of other tasks. Train the old router rows on, beside the
+# new one: they now move for inputs that are not theirs, and ACC changes by little. All on the first
+# three tasks.
 
 
 # %%
@@ -507,8 +511,8 @@ assert mass_balanced[3, 2, 2] < mass[3, 2, 2] - 0.1  # the third task, less on i
 # ## Exercises
 #
 # **1. A router by hand.** Inputs lie around E centres (E, D) that are far from equally long. Return
-# router rows (E, D) with which inputs near centre e go to expert e, one kept. Their centres
-# themselves will not do: the longest wins too often.
+# router rows (E, D) such that, with one expert kept, inputs near centre e go to expert e. The
+# centres themselves do not work: the longest wins too often.
 
 
 # %% exercise 1

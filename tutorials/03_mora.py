@@ -37,8 +37,8 @@ wide = {"dtype": torch.float64, "device": device}
 # ## One layer by hand
 #
 # Rank $i$ is a pair: a key `A[i]`, which looks at the input, and a value `B[i]`, which is added to
-# the output. In MoRA each rank is an expert of its own, and what it sees, $z_i = x \cdot A_i$,
-# also says how much it may speak. There is no router.
+# the output. In MoRA each rank is an expert of its own, and its dot product with the input,
+# $z_i = x \cdot A_i$, also sets its weight. There is no router.
 #
 # The layer below has three ranks, the first two frozen, as if each had been learned by a task of
 # its own. Width in and out is 2, and the frozen layer $W_0$ is the identity.
@@ -113,8 +113,9 @@ print("w    ", w.cpu().numpy().round(3))
 assert torch.allclose(w, torch.tensor([0.25, 0, 0.75], **wide))
 
 # %% [markdown]
-# **Eq. 8: the threshold.** In evaluation alone, a kept rank with $s_i < \delta$ says nothing. What
-# is left is not renormalised: here the weights sum to .75. If all are silent, the layer is $W_0$.
+# **Eq. 8: the threshold.** In evaluation only, a kept rank with $s_i < \delta$ gets weight 0. The
+# other weights are not rescaled: here they sum to .75. If all are 0, the output is the base
+# layer's.
 
 # %%
 g = w * (s >= layer.delta)  # eq. 8
@@ -123,7 +124,7 @@ assert torch.allclose(g, torch.tensor([0, 0, 0.75], **wide))
 
 # %% [markdown]
 # **The output.** $y = x W_0^T + \mathrm{scale} \cdot (g \odot z) B$. The raw $z$ is multiplied in,
-# not $s$: a rank that sees twice as much says twice as much.
+# not $s$: doubling $z_i$ at the same weight doubles what rank $i$ adds.
 #
 # In training $y = (2, -3) + .25 \cdot 2 \cdot (4, 0) + .75 \cdot 6 \cdot (0, 2) = (4, 6)$, and in
 # evaluation, without the first of the two ranks, $(2, 6)$. The package's layer says the same.
@@ -173,7 +174,7 @@ right.set_title("Sign decides who is kept, δ who speaks", fontsize=10)
 plt.show()
 
 # %% [markdown]
-# ## tau and k: how many voices
+# ## tau and k: how many ranks share the weight
 #
 # The score does not depend on the length of $x$, only on where it points. In two dimensions that is
 # one angle, so a gate is a set of curves. Below, the same three keys; a dotted line is the angle of
@@ -237,16 +238,16 @@ assert layer.gate(probe).idx[0] == 1
 assert longer.gate(probe).idx[0] == 0
 
 # %% [markdown]
-# ## delta: when to say nothing
+# ## delta: when no rank gets weight
 #
 # On the left, the sum of weights in evaluation, for every angle of $x$ and every $\delta$: where it
 # is 0 the layer is $W_0$ alone. The score is signed, so an input that every key points away from
-# ($z_i < 0$ for all $i$) is silent at $\delta = 0$ already.
+# ($z_i < 0$ for all $i$) gets no rank at $\delta = 0$ already.
 #
-# On the right, what one $\delta$ means as ranks are added. Since $\lVert s \rVert = 1$, many ranks
-# must share the unit: for random keys and inputs the largest score falls, roughly as
-# $\sqrt{2 \ln R / R}$. The paper's $\delta = .2$ lets nearly every random input speak among up to
-# 64 random ranks, and hardly one among 512; to be heard there, a rank has to stand out.
+# On the right, what one $\delta$ means as ranks are added. As $\lVert s \rVert = 1$, the largest of
+# many scores is small: for random keys and inputs it falls roughly as $\sqrt{2 \ln R / R}$. At the
+# paper's $\delta = .2$ nearly every random input keeps a rank among up to 64 random ones, and
+# hardly one does among 512.
 
 # %%
 deltas = torch.linspace(-1.05, 1.05, 105).tolist()
@@ -343,8 +344,9 @@ print(row)
 assert row.verdict == "held"
 
 # %% [markdown]
-# **Who gets a gradient.** A rank that is not kept says nothing, so its value has a gradient of
-# exactly 0. Its key has not: $z_j$ stands in $\lVert z \rVert$, and so in the scores of the kept,
+# **Who gets a gradient.** A rank that is not kept has weight 0, so its value has a gradient of
+# exactly 0. Its key does get one, because $z_j$ is part of $\lVert z \rVert$, and so of the scores
+# of the kept,
 #
 # $$\frac{\partial s_i}{\partial z_j} = -\frac{s_i s_j}{\lVert z \rVert} \quad (i \ne j).$$
 #
@@ -406,8 +408,8 @@ plt.show()
 #
 # When a task ends, `grow` freezes all ranks and adds fresh ones, whose values are 0. The frozen
 # ones keep every bit. But the fresh keys enter $\lVert z \rVert$ and compete for the $k$ places, so
-# old inputs get other weights before any fresh rank has learned anything. That drift is the
-# method's own. For keys and inputs drawn at random it is large:
+# old inputs get other weights before any fresh rank has learned anything. This drift is part of the
+# method and needs no training. For keys and inputs drawn at random it is large:
 
 # %%
 torch.manual_seed(0)
@@ -425,11 +427,11 @@ assert (untrained.B == 0).all()
 assert 0.15 < moved < 0.9
 
 # %% [markdown]
-# Trained keys answer to their task's inputs more than fresh ones do, and then growth moves little.
+# Trained keys score higher on their own inputs than new keys do, and then growing changes little.
 # Below, a small network of three layers learns a task (digits with permuted pixels), grows, and
 # learns a second one; `Recorder` looks at the first task's inputs each time. Its drift is how far a
 # layer's output has moved, in units of the update that the first task taught it; its turnover, the
-# share of what is said that other ranks say than before.
+# share of the update that comes from other ranks than before.
 
 # %%
 SEED, EPOCHS = 1, 6
@@ -481,15 +483,15 @@ assert abs(grown - before) < 0.05
 assert after > before - 0.15
 
 # %% [markdown]
-# So growth alone moves a trained layer's answers, but not by much, and the accuracy hardly notices.
-# Learning the next task moves them further, though no frozen rank changes: the trained new ranks
-# win some weight from old inputs.
+# So growth alone changes a trained layer's outputs, but not by much, and the accuracy hardly
+# changes. Learning the next task moves them further, though no frozen rank changes: the trained new
+# ranks win some weight from old inputs.
 #
 # ## A, B, C, and A again
 #
-# The stream `repeat` shows three tasks, then the first again. Nobody says so. At the end, who
-# serves the last task's inputs? `records["mass"][i, j, t]` of a run is the share of gate weight
-# that inputs of task j give to the ranks of task t once i tasks are learned.
+# The stream `repeat` shows three tasks, then the first again. The layers are not told. At the end,
+# which ranks have the weight for the last task's inputs? `records["mass"][i, j, t]` of a run is the
+# share of gate weight that inputs of task j give to the ranks of task t once i tasks are learned.
 
 # %%
 repeat = streams.make("repeat", tasks=4, seed=SEED)
@@ -530,7 +532,7 @@ plt.show()
 
 # %% [markdown]
 # The ranks that learned A take most of the weight when it comes back, though fresh ranks were grown
-# for it. Nobody named the task; their keys answer. (This is claim 2 of the
+# for it. The task was not named: the scores of their keys suffice. (This is claim 2 of the
 # [findings](findings/findings.md), which holds there over five seeds.)
 #
 # ## Five tasks, beside LoRA
@@ -578,12 +580,13 @@ assert np.diag(permuted["lora"][1:]).mean() > 0.85  # LoRA learns each task, and
 # ## Where it does not win
 #
 # Three streams, the same backbone and settings. `class_mean` trains nothing: a digit is named after
-# the nearest mean of frozen features. `joint` is one LoRA trained on all tasks at once, which no
-# learner in sequence can be.
+# the nearest mean of frozen features. `joint` is one LoRA trained on all tasks at once, which a
+# stream does not allow.
 #
-# - `permuted-digits`: tasks share no features. MoRA comes close to `joint`.
-# - `rotated-digits`: neighbouring tasks look alike. Keys of a new task answer to inputs of an old
-#   one, and MoRA forgets far more.
+# - `permuted-digits`: tasks share their images and labels, and differ in where each pixel is. MoRA
+#   comes close to `joint`.
+# - `rotated-digits`: neighbouring tasks look alike. Keys of a new task score high on inputs of an
+#   old one, and MoRA forgets far more.
 # - `split-digits`: each task shows two classes and never the others. MoRA is below `class_mean`,
 #   which learned nothing by gradient.
 
@@ -612,8 +615,9 @@ axes.set_title("MoRA nears joint training on one stream of three", fontsize=10)
 plt.show()
 
 # %% [markdown]
-# On `rotated-digits` the gradient through the gate is part of the trouble: with the weights held
-# constant in the backward pass the same layer forgets less there.
+# On `rotated-digits` the same layer forgets less if the weights are held constant in the backward
+# pass. This is one run; the study `why` has ten seeds of it, in the
+# [findings](findings/findings.md).
 
 # %%
 

@@ -3,7 +3,7 @@
 #
 # A continual learner is one table of accuracies. This notebook reads that table, runs every scheme
 # and baseline of the package through a short stream, and then asks of a number whether it is good:
-# against what needs no training, against what could be reached, over seeds.
+# beside baselines that train nothing, beside learners that are told more, over seeds.
 #
 # Before this: notebooks 01 to 03. Half a minute on a laptop.
 
@@ -41,10 +41,10 @@ plt.rcParams["figure.constrained_layout.use"] = True
 # %% [markdown]
 # ## What there is
 #
-# A *learner* is what is carried through a stream: a scheme and how it lives. `ROSTER` names them
-# all (`minimoe list` prints the same). There are four kinds. `atlas` schemes are further papers';
-# the last two are there to hold a number against: a **baseline** is what a scheme should beat; what
-# is **privileged** is given what no scheme is given, all tasks at once or the task's name at test.
+# A *learner* is a scheme plus what it does when a task starts and ends. `ROSTER` names them all
+# (`minimoe list` prints the same). There are four kinds. `atlas` schemes are further papers'; the
+# last two are there for comparison: a **baseline** is what a scheme should beat; a **privileged**
+# learner gets extra information, all tasks at once or the task's name at test.
 
 # %%
 kinds = {name: entry.kind for name, entry in ROSTER.items()}
@@ -205,8 +205,8 @@ plt.show()
 # `joint` and `oracle` are called privileged because of what they are told. They are trained like
 # all others, and are no bounds: what takes no steps, such as `ridge`, can end above them. What the
 # oracle is told is worth a look: it has one LoRA per task, and the task's number at test says which
-# is to speak. Told the wrong number, it has the same weights and does not know the digits. Nothing
-# is forgotten in it; to know *who should speak* is the whole of the difference.
+# one to use. Told the wrong number, it has the same weights and does not know the digits. Nothing
+# is forgotten in it: knowing *which expert to use* is the whole difference.
 
 # %%
 stream = streams.make("permuted-digits", tasks=2, seed=0)
@@ -303,7 +303,8 @@ assert min(rows[name].plasticity.mean for name in interference) > 0.7  # all thr
 
 # %% [markdown]
 # Interference orders the three schemes as BWT does: where outputs for old inputs moved more, more
-# was forgotten. Instability does not: `lora` has 0 and forgets most. No one column explains all.
+# was forgotten. Instability does not: `lora` has 0 and forgets most. No one column explains all,
+# and three points show no law.
 #
 # Routing, drawn. The stored run of `minimoe compare` has five tasks; of a gate's weight, whose
 # ranks take how much?
@@ -378,10 +379,10 @@ plt.show()
 #
 # `own_ridge` solves a ridge regression for each task, from 200 random features of the pixels, and
 # answers an image by the task whose mean image is nearest. It takes no step of training and needs
-# no network; it stores 10,320 numbers, where MoRA stores 25,600 and a backbone beside. On all
-# three streams of digits it beats every gate that is trained, in each of the seeds. Said of a
-# learner that reaches .45 on split-digits, "twice as good as LoRA" is true, and hides that. (There
-# one ridge for all tasks does better still.)
+# no network; it stores 10,320 numbers, where MoRA stores 25,600 and a backbone beside. On all three
+# streams of digits it beats every gate that is trained, in each of the seeds. A learner at .45 on
+# split-digits is twice as good as LoRA, and still far below it. (There one ridge for all tasks does
+# better still.)
 #
 # Why is it so easy? In these streams a task moves all of its images, so a mean names the task.
 # LoRAs trained alone and then chosen by the nearest mean of a layer's inputs (`alone`) show
@@ -394,11 +395,12 @@ plt.show()
 # that asks the right question, in which task's subspace an input lies (`own_subspace`), with twice
 # MoRA's numbers. A baseline is as good as its gate.
 #
-# ### Second question: what could be reached?
+# ### Second question: what do learners reach that are told more?
 #
-# On permuted-digits MoRA is within .02 of joint training: hardly anything is left to gain. On
-# rotated-digits it is the first of the trained gates, and more than .15 below joint. On subspaces
-# joint is no measure: one LoRA cannot be eight maps. Told LoRAs (`oracle`) can.
+# On permuted-digits MoRA is within .02 of joint training. That is a reference and no limit:
+# `own_ridge` is above both. On rotated-digits it is the first of the trained gates, and more than
+# .15 below joint. On subspaces joint is no measure: one LoRA cannot be eight maps. Told LoRAs
+# (`oracle`) can.
 
 # %%
 privileged = [name for name, entry in ROSTER.items() if entry.privileged]
@@ -437,9 +439,9 @@ assert means["joint"]["subspaces"] < 0.5 and means["oracle"]["subspaces"] > 0.99
 # ### Third question: would another seed say the same?
 #
 # The seed decides what the tasks draw, the backbone, all initial weights and the order of training.
-# (The images that test are the same in all: other images are a spread that no seed shows.) With one
-# seed, part of the order of learners is luck: of all pairs, those that a single seed puts the other
-# way round than the mean of all seeds.
+# (The images that test are the same in all: other images are a spread that no seed shows.) One seed
+# ranks learners partly by luck. Below: the share of pairs that one seed orders differently from the
+# mean of all seeds.
 
 # %%
 free = [name for name in drawn if name not in privileged]
@@ -464,11 +466,11 @@ assert np.mean(swapped["split-digits"]) > np.mean(swapped["permuted-digits"])
 # ### Fourth question: paired, does the difference hold?
 #
 # All learners meet the same seeds, so what is hard in a seed is hard for all. Compare seed by seed:
-# with d = more - less for each of n seeds, the mean of d is told from 0 at 5 % if
+# with d = more - less for each of n seeds, the mean of d differs from 0 at the 5 % level if
 #
 #     |mean(d)| > t · std(d) / √n            t: the 97.5 % point of Student's t, n - 1 degrees
 #
-# `Comparison` says `supported`, `refuted` (the other way round) or `inconclusive` (not told), and
+# `Comparison` says `supported`, `refuted` (the other way round) or `inconclusive` (neither), and
 # prints the interval mean(d) ± t · std(d) / √n. Neither the gap of the means nor the overlap of the
 # spreads says which it is.
 #
@@ -525,8 +527,9 @@ assert Comparison("one seed", [0.99], [0.01]).verdict == "inconclusive"
 # %% [markdown]
 # `inconclusive` is not "equal": these seeds do not tell. To say that nothing is there, say first
 # how much would matter: with `matters=0.02`, an effect whose interval lies below .02 is `refuted`,
-# even one above 0. And of twenty comparisons where nothing is there, one is told by chance: the
-# verdicts of a study are corrected for how many there are (`minimoe/studies/verdicts.py`).
+# even one above 0. And among twenty comparisons without a true difference, one is expected to come
+# out significant by chance: the verdicts of a study are corrected for how many there are
+# (`minimoe/studies/verdicts.py`).
 #
 # ### Traps
 #
@@ -578,11 +581,11 @@ assert step < 1e-8 and jump > 1
 # %% [markdown]
 # ## A stream where the best is known
 #
-# Bounds by training leave a doubt: was `joint` trained well? On the `planted` stream a task is a
-# linear map, and what a scheme could express is a matter of algebra (`minimoe.continual.planted`):
-# one update of rank R can do no better than least squares cut to its R leading directions. The
-# score is the share of the answer explained, 1 at best. `reachable` writes it down without
-# training.
+# A reference that is trained leaves a doubt: was `joint` trained well? On the `planted` stream a
+# task is a linear map, and what a scheme could express is a matter of algebra
+# (`minimoe.continual.planted`): one update of rank R can do no better than least squares cut to its
+# R leading directions. The score is the share of the answer explained, 1 at best. `reachable`
+# writes it down without training.
 
 # %%
 stream = streams.make("planted", tasks=5, seed=0)

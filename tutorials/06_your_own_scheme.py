@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Your own scheme: write a gate, hold it to the laws, see it in the table
 #
-# A routing scheme is a small class that states its gate. Here one is written from the template,
-# broken by a law, mended, and carried through a stream beside LoRA, LoRA-MoE and MoRA; then what
-# more a scheme can state. Before this: 01 to 03, and the table of 04 helps. Under a minute on a
-# laptop, most of it for the laws.
+# A routing scheme is a small class that states its gate. You write a gate from the template, find
+# its two bugs with the laws, fix them, and train it on a stream beside LoRA, LoRA-MoE and MoRA.
+# Then you see what more a scheme can state. A *law* is a property that every scheme must keep.
+# Before this: 01 to 03, and the table of 04 helps. Under a minute on a laptop, most of it for the
+# laws.
 
 # %%
 import inspect
@@ -250,8 +251,8 @@ assert [row.law for row in rows if row.verdict == "broken"] == ["weights"]
 # ([how](../.github/CONTRIBUTING.md#to-hold-an-implementation-to-a-scheme)).
 #
 # Second, a mean over the batch, which looks like harmless centring. It changes which ranks are
-# kept, so what a token is answered depends on who else is in the batch. (A token that comes alone
-# is its own mean: nothing is left to choose by.)
+# kept, so a token's output depends on the rest of the batch. (For a single token, z minus its mean
+# is 0, and the choice is arbitrary.)
 
 
 # %%

@@ -231,8 +231,8 @@ assert at_once > end["LoRA"] + 0.05  # it is the sequence that hurts
 # at scale 1 forgets nothing. It also learned next to nothing: its eight weights sum to 1 where
 # LoRA's are 1 each, so with the same learning rate its update is smaller. At scale 4 it learns
 # more, and then it forgets too. To compare forgetting alone is to reward a learner that does not
-# learn, so the picture has both. How the three that learn are ordered by what they forget is this
-# run's: the differences are of the size that another seed makes.
+# learn, so the picture has both. The order of the three that learn, by what they forget, is of this
+# one run: no other seed was tried here.
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")

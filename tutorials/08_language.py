@@ -190,8 +190,8 @@ assert min(end[name] for name in (*ADAPTERS, "told")) > end["3-gram"] + 0.2
 # here says which scheme is best. It shows what forgetting is, and where it comes from.
 #
 # Freezing old ranks does not keep a text. The schemes that grow hold the first text's ranks to the
-# end, bit for bit, and lose the text all the same. What changed is which ranks speak. Had the gate
-# chosen the text's own ranks, as `told` does, nothing would be lost. (How the three rank among
+# end, bit for bit, and lose the text all the same. What changed is which ranks speak. If the gate
+# had chosen the text's own ranks, as `told` does, nothing would be lost. (How the three rank among
 # themselves is this run's.)
 #
 # ## Who serves whom
@@ -249,7 +249,7 @@ differ = ((one - other).abs().sum() / 2).item()
 print(f"in {LAYERS[-1]} the gates of the two differ in {differ:.0%} of their weight")
 
 # %% [markdown]
-# ## Of what are the ranks?
+# ## What do ranks specialise in?
 #
 # The last layer sees some context, and its two gates differ a little. But do gates tell texts
 # apart, or kinds of characters? Both can be measured in the same unit: take the mean gate of each
@@ -396,7 +396,7 @@ assert end["told"] < min(by_delta[:, 1].min(), by_scale[:, 1].min())
 # A score says how well a rank fits a character, and the characters of English are those of code. So
 # a threshold silences ranks on English and on what was learned at once, and pays more than a
 # smaller scale does. Neither comes near the model that is told, and none near the counts. In this
-# model, a gate by token is more a gate by character than by text. Where every input carries its
+# model the gate depends more on the character than on the text. Where every input carries its
 # domain, as images do in notebook 4, the same gate keeps more of what was learned than LoRA does.
 #
 # ## Exercises
