@@ -3,7 +3,8 @@
     check("mora_gate", mora_gate)
 
 First the cases of questions.py, of which the first wrong one is shown; then a few laws, then
-`laws.same`, as an adapter in layers that grow and learn. `minimoe check` holds a scheme to all laws.
+`laws.same`, as an adapter in layers that grow and learn. `minimoe check` holds a scheme to all the
+laws.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ or a label tells too. None says in its title what comes out: titles are given by
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,26 +38,20 @@ def drawn(width: float, height: float, columns: int = 1, **more: Any) -> Iterato
 
 
 def equation(today: str) -> None:
-    """The steps from x to y, those named in `today` ("zg") framed and hatched."""
-    with drawn(9, 1.9) as axes:
-        at = np.array([0.0, 1.4, 2.7, 4.0, 6.2])
-        for i, (step, words) in enumerate(STEPS.items()):
+    """The steps from x to y; those whose first letters are in `today` have a thick frame."""
+    at, boxes = (0.0, 1.5, 3.0, 4.4, 7.0), []
+    with drawn(9, 1.7) as axes:
+        for (step, words), where in zip(STEPS.items(), at, strict=True):
             mine = step[0] in today
-            box = {"boxstyle": "round,pad=0.5", "fc": "white", "ec": "black"}
-            box |= {"lw": 2.5, "hatch": "//", "ec": COLOURS[0]} if mine else {"lw": 0.8}
-            where: Any = (at[i], 0.5)
-            axes.text(*where, " " * len(step), ha="center", va="center", bbox=box)
-            plain = {"fc": "white", "ec": "none", "pad": 1}
-            axes.text(*where, step, ha="center", va="center", bbox=plain)
-            axes.text(at[i], -0.1, words, ha="center", va="top")
-            if i:
-                axes.annotate(
-                    "",
-                    (at[i] - 0.35 - 0.75 * (i == 4) - 0.2 * (i == 1), 0.5),
-                    (at[i - 1] + 0.35 + 0.2 * (i == 2), 0.5),
-                    arrowprops={"arrowstyle": "->"},
-                )
-        axes.set(xlim=(-0.6, 7.6), ylim=(-0.9, 1.1))
+            frame: Any = {"boxstyle": "round,pad=0.5", "fc": "white", "lw": 3 if mine else 0.8}
+            frame["ec"] = COLOURS[0] if mine else "black"
+            box = axes.text(where, 0.6, step, ha="center", va="center", bbox=frame)
+            axes.text(where, 0, words + "\n(today)" * mine, ha="center", va="top")
+            boxes.append(box.get_bbox_patch())
+        for i in range(1, len(at)):
+            arrow = {"arrowstyle": "->", "patchA": boxes[i - 1], "patchB": boxes[i]}
+            axes.annotate("", (at[i], 0.6), (at[i - 1], 0.6), arrowprops=arrow)
+        axes.set(xlim=(-0.6, 8.6), ylim=(-1.3, 1.1))
         axes.axis("off")
 
 
@@ -129,7 +124,7 @@ def curves(matrices: Mapping[str, Any], title: str = "") -> None:
             axes.plot(tasks, mean, lw=2, ms=7, **style)
             ends.append([mean[-1], f"  {name} {mean[-1]:.2f}", COLOURS[i], tasks[-1]])
         ends.sort(key=lambda end: end[0])
-        for lower, upper in zip(ends, ends[1:], strict=False):
+        for lower, upper in itertools.pairwise(ends):
             upper[0] = max(upper[0], lower[0] + 0.08)  # names that do not cover each other
         for height, text, colour, last in ends:
             axes.text(last, height, text, va="center", color=colour)

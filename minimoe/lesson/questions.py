@@ -171,7 +171,8 @@ ROUTER_GATE = Question(
         ("Ranks of one expert follow one another: repeat_interleave, not repeat.",
             lambda x, W, r, k: routed(x, W, 1, k).repeat(*[1] * (x.ndim - 1), r)),
         ("The softmax is over tokens: use dim=-1.",
-            partial(routed, weigh=lambda l, kept: l.where(kept, -math.inf).softmax(0).nan_to_num())),
+            partial(routed, weigh=lambda l, kept:
+                l.where(kept, -math.inf).softmax(0).nan_to_num())),
     ],
 )  # fmt: skip
 
@@ -208,7 +209,7 @@ def scored(
 
 
 def kept_alone(z: Tensor, k: int, tau: float, delta: float | None) -> Tensor:
-    s, kept = (z / length(z)).topk(k)
+    s = (z / length(z)).topk(k).values
     w = (s / tau).softmax(-1)
     return w if delta is None else w * (s >= delta)
 
