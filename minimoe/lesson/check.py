@@ -58,9 +58,8 @@ def check(name: str, function: Callable[..., Any]) -> None:
     rows = same(scheme, package, examples=FEW)
     for row in rows:
         require_held(row, f"step      {row.law}, beside minimoe.{package.__name__}")
-    steps = [row.law for row in rows if row.verdict == "held"]
     print(f"{name} agrees with minimoe.{package.__name__} in {len(question.cases)} cases,")
-    print(f"as a layer that grows and learns ({', '.join(steps)}),")
+    print(f"as a layer that grows and learns ({len(rows)} steps of comparison),")
     print(f"and keeps {len(held)} laws: {', '.join(held)}.")
 
 

@@ -27,13 +27,12 @@ STEPS = {
 
 
 @contextlib.contextmanager
-def drawn(width: float, height: float, columns: int = 1, **more: Any) -> Iterator[Any]:
+def drawn(width: float, height: float, columns: int = 1) -> Iterator[Any]:
     """Axes to draw on, (columns,) if there are more than one."""
-    with plt.rc_context({"font.size": 11, "axes.titlesize": 11, "figure.titlesize": 11}):
-        figure, axes = plt.subplots(
-            1, columns, figsize=(width, height), dpi=100, layout="constrained", **more
-        )
-        yield axes
+    # outside of rc_context, which would take back what a notebook's backend sets with its first
+    figure = plt.figure(figsize=(width, height), dpi=100, layout="constrained")
+    with plt.rc_context({"font.size": 11, "axes.titlesize": 11}):
+        yield figure.subplots(1, columns)
         figure.draw_without_rendering()  # ticks take their size from here
 
 
