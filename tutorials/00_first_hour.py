@@ -197,7 +197,7 @@ claim("Task 1 has its accuracy again", back, abs(back - grown.matrix[1, 0]) < 0.
 # </details>
 
 # %% [markdown]
-# ## 5. Write a router (8 min)
+# ## 5. A choice that is learned (8 min)
 #
 # Each input should use only the ranks that were trained on inputs like it. A **gate** gives every
 # rank a weight g that depends on the input:
@@ -264,8 +264,10 @@ print(f"ACC {acc(routed.matrix):.2f}, BWT {bwt(routed.matrix):.2f}")
 #
 #     s = z / ‖z‖                    the norm is over all R ranks               (eq. 5)
 #     keep the k largest s                                                      (eq. 6)
-#     w = softmax of the kept s / τ  τ, the temperature: small is sharp         (eq. 7)
-#     g = w, but 0 where s < δ       δ, the threshold: in evaluation only       (eq. 8)
+#     w = softmax of the kept s / τ  one weight per kept rank; they sum to 1    (eq. 7)
+#     g = w, but 0 where s < δ       in evaluation only                         (eq. 8)
+#
+# τ is the **temperature**: the smaller, the sharper is the softmax. δ is the **threshold**.
 #
 # By hand: z = (2, -3, 6) has the norm √(4 + 9 + 36) = 7, so s = (2/7, -3/7, 6/7). Let k = 2.
 #
@@ -309,7 +311,7 @@ with exercise("3"):
 # Stuck? `hint("mora_gate")`.
 
 # %% [markdown]
-# ## 7. The three tasks again (5 min)
+# ## 7. The three tasks once more (5 min)
 #
 # The same stream, the same ranks, your last function as the gate, with k = 8, τ = .1, δ = .2.
 #
@@ -361,9 +363,9 @@ on_turned.beside(acc(turned.matrix))
 print(f"BWT {bwt(turned.matrix):.2f}; task 1 at the end: {turned.matrix[-1, 0]:.2f}")
 
 # %% [markdown]
-# About .75, BWT -.26. Inputs of task 1 give their own ranks about .3 and those of task 5, where a
-# digit stands on its head, .2. **Explain**: a gate reads the task off the input, and here
-# neighbours are similar.
+# ACC is about .75, BWT -.26. Inputs of task 1 give their own ranks about .28 of the weight, and
+# those of task 5, where a digit stands on its head, about .23. **Explain**: a gate reads the task off
+# the input, and here the inputs of tasks are similar.
 #
 # **Does the gate see enough to tell?** A **token** is a piece of a text, here a letter. In the
 # first layer of a language model a gate sees a single one. Take the e of *tree* in English and in
@@ -416,7 +418,7 @@ small = sum(closed_form(three, M=165)) / 3
 print(f"ridge that stores as little as MoRA, 165 features: ACC {small:.2f}")
 
 # %% [markdown]
-# Ridge regression has about .98 on the three tasks, beside MoRA's .97, and about .97 on the five,
+# Ridge regression has about .98 on the three tasks, beside MoRA's .97, and .98 on the five,
 # beside .75. It must keep 510,500 numbers; MoRA keeps 15,360 for three tasks. With about as few,
 # 165 features, ridge has .94. So on these digits the case for MoRA is memory and one model for all
 # tasks, not accuracy. Run this **baseline**, the simple method to beat, before you believe a

@@ -59,7 +59,7 @@ assert all(
 
 # %% rotated
 assert abs(acc(turned.matrix) - 0.75) < 0.05 and abs(bwt(turned.matrix) + 0.26) < 0.06
-assert abs(turned.mass[-1, 0, 0] - 0.3) < 0.06 and abs(turned.mass[-1, 0, 4] - 0.2) < 0.06
+assert abs(turned.mass[-1, 0, 0] - 0.28) < 0.06 and abs(turned.mass[-1, 0, 4] - 0.23) < 0.06
 
 # %% letter
 assert apart <= 1e-5 and e[0].max() > 0
@@ -70,7 +70,7 @@ from minimoe.continual.learn import run_stream
 
 stored = sum(a.ranks * (a.in_features + a.out_features) for _, a in adapters(mora.model))
 assert stored == 15_360 and 165 * 166 / 2 + 1650 < 15_360 and 1000 * 1001 / 2 + 10_000 == 510_500
-assert abs(ridge[three.name] - 0.98) < 0.015 and abs(ridge[five.name] - 0.97) < 0.015
+assert abs(ridge[three.name] - 0.98) < 0.015 and abs(ridge[five.name] - 0.98) < 0.015
 ours = run_stream(lambda model, s: Ridge(model, s, M=1000), shipped(), three, seed=0, epochs=1)
 assert abs(small - 0.94) < 0.02
 assert abs(acc(ours.matrix) - ridge[three.name]) < 0.01
