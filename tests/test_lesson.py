@@ -55,6 +55,7 @@ def test_a_right_answer_is_right_and_the_same_as_the_packages_in_all_cases(name,
     assert f"agrees with minimoe.{package_of(name).__name__} in" in said
     rows = same(adapter_of(name, RIGHT[name]), package_of(name), examples=15)
     assert [row for row in rows if row.verdict == "broken"] == []
+    assert rows[1].evidence == "15 cases" and len(rows) == 12
     assert scheme_of(name, RIGHT[name]).written is RIGHT[name]
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -345,11 +346,14 @@ def test_a_check_that_fails_stops_a_build_and_one_without_a_cell_too(tmp_path, m
 @pytest.mark.slow
 @held
 def test_it_runs_from_a_wheel_in_an_empty_folder(name, tmp_path, monkeypatch):
-    pip = [sys.executable, "-m", "pip"]
+    pip, root = [sys.executable, "-m", "pip"], tmp_path / "source"
     there, empty = tmp_path / "installed", tmp_path / "empty"
     empty.mkdir()
-    root = str(TUTORIALS.parent)
-    subprocess.run([*pip, "wheel", root, "--no-deps", "-q", "-w", str(tmp_path)], check=True)
+    # a copy, as pip leaves a folder in what it builds
+    shutil.copytree(TUTORIALS.parent / "minimoe", root / "minimoe")
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(TUTORIALS.parent / file, root)
+    subprocess.run([*pip, "wheel", str(root), "--no-deps", "-q", "-w", str(tmp_path)], check=True)
     (wheel,) = tmp_path.glob("minimoe-*.whl")
     install = [*pip, "install", "-q", "--no-deps", "--no-index", "--target", str(there), str(wheel)]
     subprocess.run(install, check=True)

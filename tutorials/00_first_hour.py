@@ -7,9 +7,9 @@
 # 2. say what each of them keeps when it learns one thing after another, and why;
 # 3. say when none of them should be used.
 #
-# **Time.** 60 minutes in class, of which the computer needs about one. With 45, leave out section 4
-# and the first part of section 8. **You need** PyTorch as far as a training loop, and the matrix
-# product. LoRA is not assumed.
+# **Time.** 60 minutes in class, of which the computer needs about one. With 45, run section 4 and
+# the rotated digits of section 8 without a discussion, and do section 9 at home. **You need** PyTorch
+# as far as a training loop, and the matrix product. LoRA is not assumed.
 #
 # Write down a number wherever it says **Predict**, before you run on. A wrong one teaches most.
 
@@ -341,9 +341,9 @@ claim("Inputs of each task give their own ranks more than .8", own, own > 0.8)
 # ranks not take them away?
 #
 # <details><summary>An answer</summary>
-# A key that was trained on a task has a large product with its inputs, and a key that was trained
-# on other images has not, so its score is small there. Nothing was learned to choose, so nothing
-# about the choice is forgotten.
+# The choice rests on the keys of the ranks themselves, and these are frozen with them: there is no
+# other part that could be lost. A new key takes weight only where its product with an old input is
+# large, and here it seldom is.
 # </details>
 
 # %% [markdown]
@@ -364,8 +364,8 @@ print(f"BWT {bwt(turned.matrix):.2f}; task 1 at the end: {turned.matrix[-1, 0]:.
 
 # %% [markdown]
 # ACC is about .75, BWT -.26. Inputs of task 1 give their own ranks about .28 of the weight, and
-# those of task 5, where a digit stands on its head, about .23. **Explain**: a gate reads the task off
-# the input, and here the inputs of tasks are similar.
+# those of task 5, where a digit stands on its head, about .23. A gate reads the task off the input,
+# and here inputs of different tasks are similar.
 #
 # **Does the gate see enough to tell?** A **token** is a piece of a text, here a letter. In the
 # first layer of a language model a gate sees a single one. Take the e of *tree* in English and in
