@@ -329,6 +329,18 @@ def test_what_no_case_and_no_law_shows_the_comparison_does():
         check("mora_gate", constant)
 
 
+def test_an_answer_that_changes_its_input_spoils_no_other_answer():
+    def in_place(z, k, tau, delta):
+        z.div_(z.norm(dim=-1, keepdim=True))
+        return z.mul_(tau)
+
+    before = [case["z"].clone() for case in QUESTIONS["mora_gate"].cases]
+    with pytest.raises(Wrong):
+        check("mora_gate", in_place)
+    for case, z in zip(QUESTIONS["mora_gate"].cases, before, strict=True):
+        assert torch.equal(case["z"], z)
+
+
 def test_every_slip_is_wrong_and_no_two_are_alike():
     for name, question in QUESTIONS.items():
         told = {sentence for sentence, _ in question.slips}

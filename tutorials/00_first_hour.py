@@ -8,8 +8,9 @@
 # 3. say when none of them should be used.
 #
 # **Time.** 60 minutes in class, of which the computer needs about one. With 45, run section 4 and
-# the rotated digits of section 8 without a discussion, and do section 9 at home. **You need** PyTorch
-# as far as a training loop, and the matrix product. LoRA is not assumed.
+# the rotated digits of section 8 without a discussion, and do section 9 at home.
+#
+# **You need** PyTorch as far as a training loop, and the matrix product. LoRA is not assumed.
 #
 # Write down a number wherever it says **Predict**, before you run on. A wrong one teaches most.
 
@@ -82,8 +83,8 @@ for task in (stream.base, first):
 # LoRA trains a small **update** beside each layer, which is added to the layer's output, and leaves
 # W0 as it is. The update is made of **ranks**. A rank is a pair of rows: its **key**, a row of A,
 # is multiplied with the input; its **value**, a row of B, is added to the output as often as that
-# product says. (Keys and values of attention are something else.) Eight ranks in each layer are
-# 5,120 numbers; W0 has 32,768.
+# product says. (Keys and values of attention are something else.) Eight ranks in each
+# of the three layers are 5,120 numbers in all; their W0 are 32,768.
 #
 # We train these 8 ranks on task 1, and then the same 8 ranks on task 2.
 #
