@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from minimoe import LoRA
-from minimoe.adapt import adapters
-from minimoe.continual.learn import score
+from minimoe.adapt import adapters, count
+from minimoe.continual.closed import OwnRidge
+from minimoe.continual.learn import run_stream, score
 from minimoe.continual.metrics import acc, bwt
 from minimoe.continual.probe import dense_gate
 from minimoe.continual.streams import make
@@ -194,7 +195,7 @@ claim("Task 1 has its accuracy again", back, abs(back - grown.matrix[1, 0]) < 0.
 # %% [markdown]
 # <details><summary>What does that show?</summary>
 # Nothing of task 1 was overwritten. But all ranks are added for every input, so the new ones change
-# the output for old inputs too. Freezing does not protect a task that shares its sum.
+# the output for old inputs too. A frozen rank is safe; what it adds to is not.
 # </details>
 
 # %% [markdown]
@@ -369,14 +370,14 @@ print(f"BWT {bwt(turned.matrix):.2f}; task 1 at the end: {turned.matrix[-1, 0]:.
 # and here inputs of different tasks are similar.
 #
 # **Does the gate see enough to tell?** A **token** is a piece of a text, here a letter. In the
-# first layer of a language model a gate sees a single one. Take the e of *tree* in English and in
-# code.
+# first layer of a language model a gate sees a single one. Take the last e of *tree* in English and
+# in code.
 
 # %% letter
 letters = torch.randn(128, 32)  # what stands for each letter, as in an embedding
-texts = ("the tree is green", "tree = parse(line)")
+texts = ("they sat in a tree", "root = parse(line).tree")
 gate = MyMoRA(nn.Linear(32, 32), rank=8, top_k=4, tau=0.1).eval()
-e = [dense_gate(gate, letters[[ord(c) for c in text]])[text.index("e")] for text in texts]
+e = [dense_gate(gate, letters[[ord(c) for c in text]])[-1] for text in texts]
 apart = (e[0] - e[1]).abs().max().item()
 claim("The gate for e differs in the two texts by at most 1e-5", apart, apart <= 1e-5)
 
@@ -409,21 +410,23 @@ def closed_form(stream, M=1000):
 ridge = {stream.name: sum(closed_form(stream)) / len(stream.tasks) for stream in (three, five)}
 simple.beside(ridge[three.name])
 
-# %% compared alt="Bars: ACC of MoRA and ridge regression, three reordered and five rotated tasks."
-both = {
-    "three reordered": (acc(mora.matrix), ridge[three.name]),
-    "five rotated": (acc(turned.matrix), ridge[five.name]),
+# %% compared alt="Bars: ACC of MoRA and of two ridge regressions, on two streams."
+streams, gates = (three, five), (mora, turned)
+small = [run_stream(OwnRidge, backbone, stream, seed=0, epochs=1) for stream in streams]
+groups = {
+    f"{len(s.tasks)} tasks,\n{s.name}": (acc(gate.matrix), ridge[s.name], acc(own.matrix))
+    for s, gate, own in zip(streams, gates, small, strict=True)
 }
-figures.bars(both, ["MoRA", "ridge"], "ACC")
-small = sum(closed_form(three, M=165)) / 3
-print(f"ridge that stores as little as MoRA, 165 features: ACC {small:.2f}")
+figures.bars(groups, ["MoRA", "one ridge", "a ridge\nfor each task"], "ACC")
+for s, gate, own in zip(streams, gates, small, strict=True):
+    print(f"{s.name}: MoRA stores {count(gate.model)['stored']:,}, the small ones {own.stored:,}")
 
 # %% [markdown]
-# Ridge regression has about .98 on the three tasks, beside MoRA's .97, and .98 on the five,
-# beside .75. It must keep 510,500 numbers; MoRA keeps 15,360 for three tasks. With about as few,
-# 165 features, ridge has .94. So on these digits the case for MoRA is memory and one model for all
-# tasks, not accuracy. Run this **baseline**, the simple method to beat, before you believe a
-# result.
+# One ridge regression has about .98 on the three tasks, beside MoRA's .97, and .98 on the five,
+# beside .75; but it keeps 510,500 numbers, MoRA 15,360 and 25,600. A small one for each task,
+# picked by the nearest mean of the inputs, keeps 6,192 and 10,320, and has about .97 and .96. So
+# these digits need no trained gate. Its case has to be made where no closed form fits. A simple
+# method to be beaten is a **baseline**: run these two before you believe a result.
 
 # %% [markdown]
 # ## 9. Exit ticket (5 min)

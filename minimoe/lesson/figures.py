@@ -33,7 +33,6 @@ def drawn(width: float, height: float, columns: int = 1) -> Iterator[Any]:
     figure = plt.figure(figsize=(width, height), dpi=100, layout="constrained")
     with plt.rc_context({"font.size": 11, "axes.titlesize": 11}):
         yield figure.subplots(1, columns)
-        figure.draw_without_rendering()  # ticks take their size from here
 
 
 def equation(today: str) -> None:
