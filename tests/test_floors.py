@@ -25,7 +25,7 @@ FLOORS = [
     {"roster", "peft"},
     {"options", "setting"},
     {"compare", "laws", "studies", "bench"},
-    {"cli"},
+    {"cli", "lesson"},
     {"__main__"},
 ]
 

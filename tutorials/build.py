@@ -5,6 +5,8 @@ is run from its first cell to its last, and stored with its outputs as NAME.ipyn
 took goes to times.json, and from there into the table of README.md.
 
 An exercise is a cell with the title "exercise N"; solutions/NAME.py has cells of the same titles.
+checks/NAME.py, where there is one, has the authors' checks: each is run after the cell of its
+title, and never shown.
 """
 
 import copy
@@ -66,16 +68,47 @@ def answered(name: str) -> NotebookNode:
     return notebook
 
 
+def checked(notebook: NotebookNode, name: str) -> NotebookNode:
+    """The notebook with each of its authors' checks after the cell of the same title. Raises
+    ValueError if there is no such cell."""
+    if not (HERE / "checks" / f"{name}.py").exists():
+        return notebook
+    checks = {c.metadata.title: c for c in source(name, HERE / "checks").cells}
+    if alone := checks.keys() - {cell.metadata.get("title") for cell in notebook.cells}:
+        raise ValueError(f"{name}: the check {min(alone)} is of no cell")
+    notebook, cells = copy.deepcopy(notebook), []
+    for cell in notebook.cells:
+        cells.append(cell)
+        if (check := checks.get(cell.metadata.get("title"))) is not None:
+            check.id, check.metadata.unseen = f"{cell.id}-check", True
+            cells.append(check)
+    notebook.cells = cells
+    return notebook
+
+
+def shown(notebook: NotebookNode) -> NotebookNode:
+    """A notebook that has run, without its authors' checks, its cells counted as if alone."""
+    notebook = copy.deepcopy(notebook)
+    notebook.cells = [cell for cell in notebook.cells if not cell.metadata.get("unseen")]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code, 1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+    return notebook
+
+
 def exercises(notebook: NotebookNode) -> dict[str, NotebookNode]:
     """Its cells that are exercises, by their titles."""
     cells = {cell.metadata.get("title", ""): cell for cell in notebook.cells}
     return {title: cell for title, cell in cells.items() if title.startswith("exercise")}
 
 
-def run(notebook: NotebookNode) -> NotebookNode:
-    """The notebook with its outputs, run in this folder. Raises CellExecutionError."""
+def run(notebook: NotebookNode, folder: Path = HERE) -> NotebookNode:
+    """The notebook with its outputs, run in a folder. Raises CellExecutionError."""
     done = copy.deepcopy(notebook)
-    client = NotebookClient(done, timeout=600, resources={"metadata": {"path": str(HERE)}})
+    client = NotebookClient(done, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute()
     for cell in done.cells:
         cell.metadata.pop("execution", None)  # times of day
@@ -91,7 +124,7 @@ def printed(notebook: NotebookNode) -> str:
 def build(name: str) -> float:
     """Run a notebook and store it; returns the seconds that it took."""
     start = time.perf_counter()
-    done = run(source(name))
+    done = shown(run(checked(source(name), name)))
     seconds = time.perf_counter() - start
     data = (nbformat.writes(done) + "\n").encode()
     if len(data) > LARGEST:

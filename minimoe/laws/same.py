@@ -387,7 +387,7 @@ Step = Callable[[Pair], None]
 STEPS: tuple[Step, ...] = (
     rows, chosen, weights, pruned, y, gradients, counts, steps, growth, birth, precision, usual,
 )  # fmt: skip
-EXAMPLES: Mapping[Step, int] = {birth: 1, precision: 8, usual: 1}  # of others 40
+EXAMPLES: Mapping[Step, int] = {birth: 1, precision: 8, usual: 1}  # at most
 MODES: Mapping[Step, bool] = {chosen: True, weights: True, pruned: False}  # of others both
 
 
@@ -397,6 +397,7 @@ def same(
     /,
     device: str = "cpu",
     within: float = WITHIN,
+    examples: int = 40,
     **settings: Any,
 ) -> list[Row]:
     """Hold mine to a scheme: a Row for each of STEPS. After the first that differs no other is
@@ -435,12 +436,12 @@ def same(
         elif step is precision and "tau" in values:
             those = values | {"tau": [*values["tau"], SHARP]}
         cases = twins(theirs, of, those, claims, most, MODES.get(step))
-        examples = EXAMPLES.get(step, 40)
+        most_cases = min(examples, EXAMPLES.get(step, examples))
 
         def test(case: Case, step: Step = step) -> None:
             step(Pair(case, held, device, within))
 
-        row = drawn(step.__name__, test, cases, examples)
+        row = drawn(step.__name__, test, cases, most_cases)
         if row.verdict == "broken" and row.case is None:
             row = Row(step.__name__, "not claimed", row.evidence)  # nowhere to be seen
         elif row.verdict == "broken" and row.case is not None:

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
-# pictures and words, the commands, the laws, others' files and loops: they decide no number that is
-# kept
-WORDS = ("tools/console.py", "tools/plots.py", "tools/tables.py")
-OUTSIDE = ("cli.py", "__main__.py", "laws", "peft", "trainer.py", *WORDS)
+# pictures and words, the commands, the laws, the lesson, others' files and loops: they decide no
+# number that is kept
+WORDS = ("tools/console.py", "tools/exercise.py", "tools/plots.py", "tools/tables.py")
+OUTSIDE = ("cli.py", "__main__.py", "laws", "lesson", "peft", "trainer.py", *WORDS)
 
 
 @functools.cache

@@ -1,0 +1,16 @@
+"""What lessons are made of: a student's functions in the place of the package's schemes.
+
+wrap.py          plain functions of tensors as adapters
+questions.py     what is asked, the cases it is tried on, slips and their sentences
+check.py         a function held to the package, in seconds
+talk.py          predictions, claims, hints
+learned.py       the shipped backbone, and what a scheme learns with it
+figures.py       pictures
+"""
+
+from .check import check, scheme_of
+from .learned import learn, shipped
+from .talk import claim, hint, predict
+from .wrap import adapter_of
+
+__all__ = ["adapter_of", "check", "claim", "hint", "learn", "predict", "scheme_of", "shipped"]

@@ -1,0 +1,143 @@
+"""A student's function held to the package, in seconds.
+
+    check("mora_gate", mora_gate)
+
+First the cases of questions.py, of which the first wrong one is shown; then a few laws, then
+`laws.same`, as an adapter in layers that grow and learn. `minimoe check` holds a scheme to all the
+laws.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..laws import (
+    equation,
+    granularity,
+    grow_keeps,
+    says,
+    simplex,
+    support,
+    zero_at_birth,
+    zero_is_finite,
+)
+from ..laws.case import cases
+from ..laws.check import Row, claimed, drawn
+from ..laws.laws import LAWS
+from ..laws.same import same
+from ..tools.exercise import Wrong
+from .questions import QUESTIONS, Inputs, Question
+from .wrap import adapter_of, package_of
+
+FEW = 5  # cases of each law, and of each step of the comparison
+FEW_LAWS = (zero_at_birth, equation, granularity, support, simplex, zero_is_finite, grow_keeps)
+WITHIN = 1e-6  # of what is expected
+
+
+def check(name: str, function: Callable[..., Any]) -> None:
+    """Returns if the function is right, and prints what it was held to.
+
+    Raises Wrong with the first case that is not: the inputs, what was expected, what was got, and
+    which slip explains it in all cases; or with the law, or the step, that does not hold.
+    Raises ValueError as `adapter_of` does.
+    """
+    scheme, question = adapter_of(name, function), QUESTIONS[name]
+    at_first_case(question, function)
+    held = []
+    for law in FEW_LAWS:
+        claims = claimed(scheme, {})
+        if LAWS[law](claims):
+            row = drawn(law.__name__, law, cases(scheme, {}, claims), FEW)
+            why = " ".join((law.__doc__ or "").partition("\n")[2].split())
+            require_held(row, f"law       {law.__name__}: {says(law)}\nwhy       {why}")
+            held.append(row.law)
+    package = package_of(name)
+    rows = same(scheme, package, examples=FEW)
+    for row in rows:
+        require_held(row, f"step      {row.law}, beside minimoe.{package.__name__}")
+    print(f"{name} agrees with minimoe.{package.__name__} in {len(question.cases)} cases,")
+    print(f"as a layer that grows and learns ({len(rows)} steps of comparison),")
+    print(f"and keeps {len(held)} laws: {', '.join(held)}.")
+
+
+def require_held(row: Row, what: str) -> None:
+    if row.verdict == "broken":
+        raise Wrong(f"{what}\nbroken    {row.evidence}")
+
+
+def scheme_of(name: str, function: Callable[..., Any]) -> type[Adapter]:
+    """The function as an adapter if it is right, else the package's scheme, and says which: so that
+    a lesson can go on. Raises ValueError as `adapter_of` does."""
+    scheme = adapter_of(name, function)
+    if is_right(name, function):
+        print(f"Your {name} runs here.")
+        return scheme
+    print(f"{name} is not right yet: minimoe.{package_of(name).__name__} runs in its place.")
+    return package_of(name)
+
+
+def is_right(name: str, function: Callable[..., Any]) -> bool:
+    """Whether the function is right in the cases of questions.py."""
+    try:
+        at_first_case(QUESTIONS[name], function)
+    except Wrong:
+        return False
+    return True
+
+
+def at_first_case(question: Question, function: Callable[..., Any]) -> None:
+    """Raise Wrong with the first case, if there is one, in which the function is wrong."""
+    answers = [answer(function, case) for case in question.cases]
+    expected = [answer(question.expected, case) for case in question.cases]
+    for case, got, want in zip(question.cases, answers, expected, strict=True):
+        if alike(got, want):
+            continue
+        lines = [f"case      {', '.join(f'{n} = {shown(v)}' for n, v in case.items())}"]
+        lines += [f"expected  {shown(want)}", f"got       {shown(got)}"]
+        for sentence, slip in question.slips:
+            others = [answer(slip, case) for case in question.cases]
+            if all(map(alike, answers, others)):
+                lines.append(f"slip      {sentence}")
+                break
+        raise Wrong("\n".join(lines)) from (got if isinstance(got, Exception) else None)
+
+
+def answer(function: Callable[..., Any], case: Inputs) -> Any:
+    """What it gives, or the exception that it raises, of copies of the inputs."""
+    inputs = [v.clone() if isinstance(v, Tensor) else v for v in case.values()]
+    try:
+        with torch.no_grad():
+            return function(*inputs)
+    except Exception as error:  # whatever an unfinished answer raises
+        return error
+
+
+def alike(got: Any, want: Any) -> bool:
+    """The same numbers in the same shape; or both the same kind of exception."""
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
+        return isinstance(got, Exception) and type(got) is type(want)
+    return got.shape == want.shape and torch.allclose(
+        got.double(), want.double(), rtol=WITHIN, atol=WITHIN, equal_nan=True
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as a line: all numbers of a small tensor, of a large one the shape and some."""
+    if isinstance(value, Exception):
+        return " ".join(f"{type(value).__name__}: {value}".split())
+    if not isinstance(value, Tensor):
+        return f"{value:.3g}" if isinstance(value, float) else repr(value)
+    if value.numel() > 9:
+        some = ", ".join(f"{v:.3g}" for v in value.flatten()[:4].tolist())
+        return f"({some}, ...) of shape {tuple(value.shape)}"
+    return nested(value.tolist())
+
+
+def nested(value: Any) -> str:
+    """Numbers in brackets, as deep as they are."""
+    if isinstance(value, list):
+        return f"({', '.join(map(nested, value))})"
+    return f"{value:.3g}"
