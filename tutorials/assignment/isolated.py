@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 MEMORY = 6 * 2**30  # bytes of address space, of which torch itself takes one or two
 FILE = 64 * 2**20  # bytes of a file that it writes
@@ -130,33 +131,34 @@ def _work(
         value, array = call(path, *args)
     except BaseException as error:  # whatever somebody's file does
         lost = f"{type(error).__name__}: {error}"[:500]
-    for name, what in _functions().items():
-        if name in before and before[name] != what:
-            lost = f"changes {name}"
+    for space, names in _functions().items():  # torch.compile adds names like __compiled_fn_1
+        for name, what in names.items() if space in before else ():
+            new = name not in before[space]
+            if not (new and name.startswith("__")) and before[space].get(name) != what:
+                lost = f"changes {space}.{name}"
     said = json.dumps([lost, value, array.dtype.str, array.shape]).encode()
     (path.parent / "handed").write_bytes(b"\n".join([token.encode(), said, array.tobytes()]))
     os._exit(0)  # nothing that it has left to be done at the end
 
 
-def _functions() -> dict[str, tuple[int, int]]:
-    """What each function and class of minimoe, torch and NumPy is, by its full name."""
-    spaces = {name: vars(sys.modules[name]) for name in SPACES}
-    spaces |= {n: vars(m) for n, m in [*sys.modules.items()] if n.partition(".")[0] == "minimoe"}
-    found = {}
-    for space, names in spaces.items():
-        for name, what in [*names.items()]:
-            for of, part in ((name, what), *_parts(name, what)):
-                if callable(part):
-                    code = getattr(part, "__code__", None)
-                    found[f"{space}.{of}"] = (id(part), id(code))
-    return found
+def _functions() -> dict[str, dict[str, tuple[int, int]]]:
+    """What the functions and classes are, by name, of each module and class that shall not change:
+    all of minimoe's, and those of others that SPACES names."""
+    spaces = {name: vars(sys.modules[name]) for name in SPACES} | {"torch.Tensor": vars(Tensor)}
+    for module, names in [*sys.modules.items()]:
+        if module.partition(".")[0] == "minimoe":
+            spaces[module] = vars(names)
+            for name, what in [*vars(names).items()]:
+                if isinstance(what, type) and what.__module__ == module:
+                    spaces[f"{module}.{name}"] = vars(what)
+    return {
+        space: {
+            name: (id(what), id(getattr(what, "__code__", None)))
+            for name, what in [*names.items()]
+            if callable(what)
+        }
+        for space, names in spaces.items()
+    }
 
 
-def _parts(name: str, what: Any) -> list[tuple[str, Any]]:
-    """What a class of minimoe's, or torch's Tensor, holds."""
-    if not isinstance(what, type) or not what.__module__.startswith(("minimoe", "torch")):
-        return []
-    return [(f"{name}.{part}", value) for part, value in [*vars(what).items()]]
-
-
-SPACES = ("torch", "torch.nn.functional", "torch.autograd", "torch.linalg", "numpy", "json", "os")
+SPACES = ("builtins", "json", "numpy", "os", "torch", "torch.autograd", "torch.nn.functional")

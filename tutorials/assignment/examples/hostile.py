@@ -8,12 +8,14 @@ changing the functions that look, to start processes, and to be given more memor
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minimoe import Adapter, Claims, Gate, laws
+from minimoe import Adapter, Claims, Gate
+from minimoe.laws.check import Row
 
 FORGED = json.dumps({"points": 80, "of": 80})
 
@@ -41,7 +43,9 @@ def attack():
     print(FORGED)
     for name in ("grade.json", "handed"):
         Path(name).write_text(FORGED)
-    laws.check.drawn = lambda name, *_: laws.Row(name, "held", "1000 cases")
+    for module in [*sys.modules.values()]:
+        if hasattr(module, "drawn"):
+            module.drawn = lambda name, *_: Row(name, "held", "1000 cases")
     try:
         if os.fork() == 0:
             os._exit(0)

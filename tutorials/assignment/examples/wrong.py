@@ -1,7 +1,7 @@
 """A sharp softmax over the loudest ranks, which claims what it does not keep.
 
-Its mistakes: the weights are centred over the batch, so that a token's output depends on the other
-tokens; they sum to k and not to 1; and what is stated has no centring, and forgets evaluation.
+Its mistakes: in training scores are centred over the batch, so that a token's output depends on the
+other tokens; weights sum to k and not to 1; and what is stated has no centring.
 """
 
 import numpy as np
