@@ -108,7 +108,7 @@ def test_a_hostile_file_gains_nothing(tmp_path):
     found = run(FOLDER / "examples" / "hostile.py", tmp_path / "grade.json")
     rows = found["laws"]["laws"]
     evidence = [row["evidence"] for row in rows if row["verdict"] == "broken"]
-    assert sum("changes minimoe.laws.check.drawn" in text for text in evidence) > 10
+    assert sum("changes minimoe." in text and ".drawn" in text for text in evidence) > 10
     assert found["laws"]["points"] < 20
     assert points(found) | {"laws": 0} == {"laws": 0, "equation": 0, "stream": 0, "written": None}
     assert {p.name for p in tmp_path.iterdir()} == {"grade.json"}

@@ -104,9 +104,7 @@ def laws(grading: Grading, claims: dict[str, Any], names: list[str]) -> dict[str
     for law, stronger in STRONGER.items():
         for more in stronger:
             ((claim, value),) = more.items()
-            if claims[claim] in (value, "kept") or (claim == "top_k" and "top_k" not in names):
-                break
-            if claim == "as_lora" and claims[claim]:
+            if claims[claim] == value or (claim == "top_k" and claim not in names):
                 break
             if row_of(grading, law, more)["verdict"] == "held":
                 dropped.append(f"{claim}={value!r}")
@@ -128,10 +126,7 @@ def equation(grading: Grading) -> dict[str, Any]:
     """20 points: in each of SITUATIONS 3 if y, and 2 if dy/dx, are those of the stated gate."""
     rows = []
     for situation in SITUATIONS:
-        T, D, O, r, J, training = situation
-        at = (
-            f"T {T}, D {D}, O {O}, ranks {r}, tasks {J}, {'training' if training else 'evaluation'}"
-        )
+        at = "T {}, D {}, O {}, ranks {}, tasks {}, training {}".format(*situation)
         row: dict[str, Any] = {"at": at, "points": 0}
         rows.append(row)
         try:
@@ -236,8 +231,9 @@ def shown(pair: Comparison, points: int) -> dict[str, Any]:
     return {"of": pair.label, "mean": pair.effect, "interval": interval, "points": points}
 
 
-def graded(grading: Grading, report: Path | None) -> dict[str, Any]:
-    began = time.monotonic()
+def graded(grading: Grading, words: int | None) -> dict[str, Any]:
+    """All of grade.json. words: of the report."""
+    began, handed_in = time.monotonic(), hashlib.sha256(grading.file.read_bytes()).hexdigest()
     parts: dict[str, Any] = {}
     try:
         (claims, names), _ = grading.alone(takes)
@@ -249,11 +245,10 @@ def graded(grading: Grading, report: Path | None) -> dict[str, Any]:
         verdicts = {row["law"]: row["verdict"] for row in parts["laws"]["laws"]}
         parts["equation"] = equation(grading)
         parts["stream"] = learned(grading, claims, names, verdicts["support"] == "held")
-    words = len(report.read_text(encoding="utf-8").split()) if report else None
     written = {"points": None, "of": 20, "questions": QUESTIONS, "words": words}
     return {
         "scheme": grading.file.name,
-        "sha256": hashlib.sha256(grading.file.read_bytes()).hexdigest(),
+        "sha256": handed_in,
         "code": fingerprint(),
         "torch": torch.__version__,
         "quick": grading.quick,
@@ -291,9 +286,10 @@ def main(words: list[str] | None = None) -> int:
         known = args.secret_file.read_bytes() if args.secret_file else args.secret.encode()
         if len(known := known.strip()) < SECRET:
             raise ValueError(f"secret is {len(known)} bytes, allowed: {SECRET} or more")
+        report = args.report.read_text(encoding="utf-8").split() if args.report else None
         end = time.monotonic() + args.seconds
         grading = Grading(args.scheme.resolve(), known, args.user, args.quick, args.seconds, end)
-        result = graded(grading, args.report)
+        result = graded(grading, None if report is None else len(report))
         write_json(args.out, "grade", result)
     except (OSError, ValueError) as error:
         print(f"grade.py: error: {' '.join(str(error).split())}", file=sys.stderr)

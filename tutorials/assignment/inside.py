@@ -36,7 +36,9 @@ def takes(path: Path) -> Handed:
     """Its claims, and what arguments it takes."""
     scheme = scheme_of(path)
     claims = asdict(claimed(scheme, {}))
-    return [claims | {"as_lora": claims["as_lora"] is not None}, arguments(scheme)], np.zeros(0)
+    claims["as_lora"] = None if claims["as_lora"] is None else {}
+    claims["simplex"] = bool(claims["simplex"])
+    return [claims, arguments(scheme)], np.zeros(0)
 
 
 def arguments(scheme: type[Adapter]) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from minimoe import Adapter, Claims, Gate
 from minimoe.laws.check import Row
 
+DONE: list[bool] = []  # once in a process is enough
 FORGED = json.dumps({"points": 80, "of": 80})
 
 
@@ -32,7 +33,9 @@ class Scheme(Adapter):
         super().__init__(base, rank, scale)
 
     def gate(self, x):
-        attack()
+        if not DONE:
+            DONE.append(True)
+            attack()
         return Gate(None, 1.0, self.project(x, "A"))
 
     def active(self):
