@@ -1,19 +1,22 @@
 """The assignment's grader: what four files earn, and that no file does anything to it."""
 
+import hmac
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "tutorials" / "assignment"
 sys.path.insert(0, str(FOLDER))
 
 import grade  # noqa: E402
-from inside import takes  # noqa: E402
+from inside import reads, takes  # noqa: E402
 from isolated import Lost, alone  # noqa: E402
 
 RIGHT = (FOLDER / "examples" / "right.py").read_text(encoding="utf-8")
@@ -193,8 +196,6 @@ def test_what_it_starts_ends_with_it(tmp_path):
 
 
 def whoami(path):
-    import numpy as np
-
     return [os.getuid(), os.getgid(), os.getgroups(), path.name], np.zeros(0)
 
 
@@ -202,6 +203,13 @@ def whoami(path):
 def test_root_can_have_it_run_as_nobody(tmp_path):
     who, _ = alone(whoami, attacking(tmp_path, ""), seconds=20, user=65534)
     assert who == [65534, 65534, [], "scheme.py"]
+
+
+def test_what_a_user_cannot_read_is_named(tmp_path, monkeypatch):
+    file = attacking(tmp_path, "")
+    assert alone(reads, file, seconds=20)[0] == []
+    monkeypatch.setattr(os, "access", lambda path, mode: path != os.__file__)
+    assert reads(file)[0] == [os.__file__]
 
 
 @pytest.mark.slow
@@ -268,6 +276,33 @@ def test_one_stream_that_cannot_be_learned_is_said(tmp_path):
     (claims, names), _ = how.alone(takes)
     found = grade.learned(how, claims, names, sparse=True)
     assert found["points"] == 0 and found["evidence"].startswith("scheme: FloatingPointError")
+
+
+def test_no_process_of_the_file_has_labels_or_the_seed_of_the_data(tmp_path, monkeypatch):
+    how = grading(attacking(tmp_path, ""))
+    given = []
+
+    def recorded(call, file, *args, seconds, user):
+        given.append(pickle.dumps(args))
+        return None, np.zeros(0)
+
+    monkeypatch.setattr(grade, "alone", recorded)
+    claims = {"expert": "rank"}
+    found = grade.learned(how, claims, ["rank", "top_k"], sparse=True)
+    assert found["evidence"].startswith("scheme: answers of (0,)")
+    stream, seed = grade.hidden(how)[2][0]
+    assert len(given) == 1
+    for task in stream.tasks:
+        assert task.x_test.numpy().tobytes() in given[0]
+        assert task.y_train.numpy().tobytes() in given[0]
+        assert task.y_test[:2].numpy().tobytes() not in given[0]
+    assert pickle.dumps(seed)[2:-1] in given[0]
+    assert pickle.dumps(how.number("data 0"))[2:-1] not in given[0]
+
+
+def test_the_derivation_is_the_one_that_readme_gives(tmp_path):
+    digest = hmac.new(SECRET.encode(), b"data 0", "sha256").hexdigest()
+    assert grading(tmp_path).number("data 0") == int(digest[:8], 16)
 
 
 def test_the_secret_decides_the_stream(tmp_path):

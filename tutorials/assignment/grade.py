@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inside import draws, law_row, layer_answers, life, stated_gates, takes
+from inside import draws, law_row, layer_answers, life, reads, stated_gates, takes
 from isolated import Handed, Lost, alone
 
 from minimoe import LoRA, LoRAMoE
@@ -93,13 +93,9 @@ class Grading:
 def laws(grading: Grading, claims: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """40 points: 4 for each required law, and 20 less 4 for each other law that is broken, and for
     each claim that would be true and is not made."""
-    rows, lost = [], 0
-    found: dict[str, str] = {}
-    for law in (law.__name__ for law in LAWS):
-        row = row_of(grading, law, {})
-        found[law] = row["verdict"]
-        rows.append(row)
-        lost += LAW * (row["verdict"] == "broken" and law not in REQUIRED)
+    rows = [row_of(grading, law.__name__, {}) for law in LAWS]
+    found = {row["law"]: row["verdict"] for row in rows}
+    lost = LAW * sum(found[law] == "broken" for law in found.keys() - {*REQUIRED})
     dropped = []
     for law, stronger in STRONGER.items():
         for more in stronger:
@@ -205,13 +201,13 @@ def learned(grading: Grading, claims: dict[str, Any], names: list[str], sparse: 
                 return part | {"evidence": f"{name}: {error}"}
         values[name] = {f.__name__: [f(m) for m in matrices] for f in (acc, bwt, plasticity)}
         values[name]["before"] = [float(np.mean(m[0])) for m in matrices]
-    scheme = values["scheme"]
-    gain = Comparison("learned", scheme["plasticity"], scheme["before"])
+    mine = values["scheme"]
+    gain = Comparison("learned", mine["plasticity"], mine["before"])
     low = gain.effect if math.isnan(gain.interval[0]) else gain.interval[0]
     learns = 0 if low <= 0 else LEARNS if gain.effect >= GAIN else LEARNS // 2
     rows = [shown(gain, learns)]
     for other, measure in itertools.product(list(who)[1:], ("acc", "bwt")):
-        pair = Comparison(f"{measure}, {other}", scheme[measure], values[other][measure])
+        pair = Comparison(f"{measure}, {other}", mine[measure], values[other][measure])
         high = pair.effect if math.isnan(pair.interval[1]) else pair.interval[1]
         points = NOT_WORSE if high >= 0 else NOT_WORSE // 2 if pair.effect > -WORSE else 0
         rows.append(shown(pair, points if learns == LEARNS else 0))
@@ -227,8 +223,8 @@ def matrix(stream: Stream, answers: np.ndarray) -> list[list[float]]:
 
 
 def shown(pair: Comparison, points: int) -> dict[str, Any]:
-    interval = [None if math.isnan(end) else end for end in pair.interval]
-    return {"of": pair.label, "mean": pair.effect, "interval": interval, "points": points}
+    ends = [None if math.isnan(end) else end for end in pair.interval]
+    return {"of": pair.label, "mean": pair.effect, "interval": ends, "points": points}
 
 
 def graded(grading: Grading, words: int | None) -> dict[str, Any]:
@@ -289,9 +285,11 @@ def main(words: list[str] | None = None) -> int:
         report = args.report.read_text(encoding="utf-8").split() if args.report else None
         end = time.monotonic() + args.seconds
         grading = Grading(args.scheme.resolve(), known, args.user, args.quick, args.seconds, end)
+        if args.user is not None and (closed := grading.alone(reads)[0]):
+            raise ValueError(f"user {args.user} cannot read {closed[0]}")
         result = graded(grading, None if report is None else len(report))
         write_json(args.out, "grade", result)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Lost) as error:
         print(f"grade.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{result['points']} of 80 points: {args.out}")

@@ -7,6 +7,7 @@ Axes: T tokens, D in, O out, R ranks in all, r ranks per task, J tasks.
 import ast
 import inspect
 import math
+import os
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from isolated import Handed
 from torch import nn
 
+import minimoe
 from minimoe import Adapter
 from minimoe.continual import streams
 from minimoe.continual.learn import AdapterLearner, pretrain, task_seed, train
@@ -26,6 +28,12 @@ from minimoe.laws.check import beyond, claimed, drawn
 from minimoe.laws.laws import EXAMPLES, LAWS
 from minimoe.tools.load import load_class
 from minimoe.tools.seeds import seed_all, seeded
+
+
+def reads(path: Path) -> Handed:
+    """The files, of some that every law may need, that it cannot read."""
+    needed = [str(file) for file in (os.__file__, torch.__file__, minimoe.__file__, __file__)]
+    return [file for file in needed if not os.access(file, os.R_OK)], np.zeros(0)
 
 
 def scheme_of(path: Path) -> type[Adapter]:
@@ -107,7 +115,7 @@ def stated_gates(
 def life(
     path: Path,
     scheme: type[Adapter] | None,
-    settings: dict[str, int],
+    settings: dict[str, Any],
     tasks: list[tuple[np.ndarray, ...]],
     seed: int,
     epochs: int,
@@ -126,7 +134,7 @@ def life(
         for t in range(len(made) + 1):
             if t:
                 seed_all(task_seed(seed, t - 1))
-                fit = partial(train, epochs=epochs, seed=task_seed(seed, t - 1))
+                fit: Any = partial(train, epochs=epochs, seed=task_seed(seed, t - 1))
                 learner.learn(stream, t - 1, fit)
             with torch.no_grad():
                 learner.model.eval()
