@@ -129,11 +129,12 @@ def test_a_hostile_file_gains_nothing(tmp_path):
         ("import os; os.kill(os.getpid(), 9)", "has its process killed by signal 9"),
         ("raise SystemExit(0)", "SystemExit: 0"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("np.ones(2**36)", "Unable to allocate"),
-        ("torch.zeros(2**40)", "allocate memory"),
+        ("np.empty(2**30)", "Unable to allocate"),
+        ("torch.empty(2**31)", "allocate memory"),
         ("open('x', 'wb').write(bytes(2**27))", "File too large"),
         ("import os; os.mkfifo('handed'); os._exit(0)", "ends its process with status 0"),
         ("import os; os.symlink('/dev/zero', 'handed'); os._exit(0)", "ends its process"),
+        ("import os; os.mkfifo('handed'); os.open('handed', os.O_RDWR); os._exit(0)", "ends its"),
         ("import os; os.mkdir('handed')", "ends its process with status 1"),
         ("torch.Tensor.abs = torch.Tensor.neg", "changes torch.Tensor.abs"),
         ("torch.equal = lambda *_: True", "changes torch.equal"),
@@ -283,7 +284,7 @@ def test_no_process_of_the_file_has_labels_or_the_seed_of_the_data(tmp_path, mon
     given = []
 
     def recorded(call, file, *args, seconds, user):
-        given.append(pickle.dumps(args))
+        given.append(args)
         return None, np.zeros(0)
 
     monkeypatch.setattr(grade, "alone", recorded)
@@ -291,13 +292,13 @@ def test_no_process_of_the_file_has_labels_or_the_seed_of_the_data(tmp_path, mon
     found = grade.learned(how, claims, ["rank", "top_k"], sparse=True)
     assert found["evidence"].startswith("scheme: answers of (0,)")
     stream, seed = grade.hidden(how)[2][0]
-    assert len(given) == 1
+    (args,) = given
+    whole = pickle.dumps(args)
     for task in stream.tasks:
-        assert task.x_test.numpy().tobytes() in given[0]
-        assert task.y_train.numpy().tobytes() in given[0]
-        assert task.y_test[:2].numpy().tobytes() not in given[0]
-    assert pickle.dumps(seed)[2:-1] in given[0]
-    assert pickle.dumps(how.number("data 0"))[2:-1] not in given[0]
+        assert task.x_test.numpy().tobytes() in whole
+        assert task.y_train.numpy().tobytes() in whole
+        assert task.y_test[:2].numpy().tobytes() not in whole
+    assert seed in args and how.number("data 0") not in args
 
 
 def test_the_derivation_is_the_one_that_readme_gives(tmp_path):

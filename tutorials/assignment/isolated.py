@@ -79,7 +79,7 @@ def _end(process: Any) -> None:
 def _read(path: Path, token: str, status: int) -> Handed:
     try:  # no link is followed, and nobody waits for a pipe
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            head, _, rest = file.read(FILE).partition(b"\n")
+            head, _, rest = (file.read(FILE) or b"").partition(b"\n")
             said, _, numbers = rest.partition(b"\n")
         if not secrets.compare_digest(head, token.encode()):
             raise ValueError("no token")
