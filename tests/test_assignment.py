@@ -188,12 +188,31 @@ def test_what_it_starts_ends_with_it(tmp_path):
             alone(takes, file, seconds=20)
         return
     alone(takes, file, seconds=20)
+    assert ends(pid)
+
+
+def ends(pid):
+    """Whether the process that wrote its number there ends within 5 s."""
     status = Path("/proc", pid.read_text(), "status")
     for _ in range(100):
         if not status.exists() or "Z (zombie)" in status.read_text():
-            return
+            return True
         time.sleep(0.05)
-    raise AssertionError("what it started is still there")
+    return False
+
+
+@pytest.mark.slow
+def test_it_does_not_outlive_a_grader_that_is_killed(tmp_path):
+    pid = tmp_path / "pid"
+    attack = f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(99)"
+    words = [attacking(tmp_path, attack), "--secret", SECRET, "--out", tmp_path / "grade.json"]
+    with subprocess.Popen([sys.executable, FOLDER / "grade.py", *words]) as grader:
+        while not (pid.exists() and pid.read_text()):
+            assert grader.poll() is None
+            time.sleep(0.05)
+        grader.kill()
+    assert ends(pid)
+    assert {p.name for p in tmp_path.iterdir()} == {"scheme.py", "pid"}
 
 
 def whoami(path):
