@@ -5,6 +5,7 @@ import ast
 import importlib
 import io
 import json
+import math
 import os
 import pkgutil
 import re
@@ -18,12 +19,19 @@ from statistics import median
 
 import nbformat
 import pytest
+import torch
+from torch import nn
 
 import minimoe
+from minimoe import MoRA
+from minimoe.continual.probe import dense_gate
+from minimoe.tools.results import StudyResult
+from minimoe.tools.tables import short
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 sys.path.insert(0, str(TUTORIALS))
 import build  # noqa: E402
+import slides  # noqa: E402
 
 
 def test_they_are_numbered_and_each_has_solutions():
@@ -364,3 +372,42 @@ def test_it_runs_from_a_wheel_in_an_empty_folder(name, tmp_path, monkeypatch):
     said = build.printed(build.run(notebook, empty))
     assert said.startswith(str(there)) and said.count(": not yet") == 3
     assert os.listdir(empty) == []
+
+
+# For those who teach
+
+
+def test_what_the_guide_answers_is_so():
+    """TEACHING.md's answers that are numbers, and the cells that they stand on."""
+    guide = " ".join((TUTORIALS / "TEACHING.md").read_text(encoding="utf-8").split())
+    layer = MoRA(nn.Linear(3, 3), rank=3, top_k=2, tau=1 / (3 * math.log(4)), delta=0.2)
+    layer.A.data = torch.eye(3)
+    z, weights = torch.tensor([[4.0, -8.0, 1.0]]), []
+    for training in (True, False):
+        g = dense_gate(layer.train(training), z)[0]
+        weights.append(", ".join(f"{w:.1f}".removeprefix("0") for w in g.tolist()))
+    training, evaluation = (each.replace(".0", "0") for each in weights)
+    assert f"one weight is 4 times the other: {training}. " in guide
+    assert f"1/9 is below delta: in evaluation {evaluation}. " in guide
+    rows = StudyResult.read(TUTORIALS / "findings" / "atlas.json").rows
+    class_mean, ridge, lora = (
+        short(rows[f"split-digits, {name}"]["acc"].mean) for name in ("class_mean", "ridge", "lora")
+    )
+    assert f"where LoRA has {lora}. " in guide
+    assert f"which trains nothing, has {class_mean}, and one ridge regression {ridge}." in guide
+    for link in re.findall(r"\]\(([^)#]+)\)", guide):
+        assert (TUTORIALS / link).exists(), link
+
+
+def test_slides_are_the_notebooks_cells_with_notes_of_the_guide(tmp_path, capsys):
+    assert slides.main(["00_first_hour", str(tmp_path / "s.html")]) == 0
+    page = (tmp_path / "s.html").read_text(encoding="utf-8")
+    sections = [h for c in prose("00_first_hour") for h in MINUTES.findall(c.source)]
+    assert page.count('<aside class="notes">') == len(sections) == 9
+    assert [int(row.split()[1]) for row in slides.notes().values()] == [int(m) for _, m in sections]
+    stored = nbformat.read(TUTORIALS / "00_first_hour.ipynb", as_version=4)
+    below = sum(slides.kind(cell) == "subslide" for cell in stored.cells)
+    assert below >= 12 and page.count("<section") == 2 * (1 + len(sections)) + below
+    assert "SOURCE = " not in page and "<svg" not in page.partition("</head>")[0]
+    assert slides.main(["09_none"]) == 2
+    assert "notebook is '09_none', allowed: 00_first_hour, 01_lora" in capsys.readouterr().err
