@@ -370,7 +370,7 @@ handles = [
     plt.Line2D([], [], color=c, marker=m, ls="", label=kind) for kind, (c, m) in styles.items()
 ]
 figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-title = "Marks: means; ticks: seeds. Each task's own ridge (dotted) beats trained gates on digits"
+title = "Marks: means; ticks: seeds; dotted: a ridge regression for each task"
 figure.suptitle(title, fontsize=10)
 plt.show()
 
@@ -378,15 +378,17 @@ plt.show()
 # ### First question: what does no training reach?
 #
 # `own_ridge` solves a ridge regression for each task, from 200 random features of the pixels, and
-# answers an image by the task whose mean image is nearest. It takes no step of training and needs
-# no network; it stores 10,320 numbers, where MoRA stores 25,600 and a backbone beside. On all three
-# streams of digits it beats every gate that is trained, in each of the seeds. A learner at .45 on
-# split-digits is twice as good as LoRA, and still far below it. (There one ridge for all tasks does
-# better still.)
+# answers an image by the task whose mean image is nearest; `ridge` solves one for all tasks. They
+# take no step of training and need no network. `own_ridge` stores 10,320 numbers, where MoRA stores
+# 25,600 and a backbone beside. On each of the three streams of digits the better of the two beats
+# every gate that the task's loss trains, in each of the seeds. One gate comes level with it, on two
+# of them: `input_domain_aware`, a density of each task's inputs. A learner at .45 on split-digits
+# is twice as good as LoRA, and still far below both.
 #
 # Why is it so easy? In these streams a task moves all of its images, so a mean names the task.
-# LoRAs trained alone and then chosen by the nearest mean of a layer's inputs (`alone`) show
-# the same: no gate was trained, and no trained gate comes up to them.
+# LoRAs trained alone and then chosen by the nearest mean of a layer's inputs (`alone`) show the
+# same: no gate was trained, and no gate that the task's loss trains comes up to them. (`inflora`
+# does on split-digits, without a gate: its new keys leave old inputs alone.)
 #
 # On `subspaces` every task has mean 0, and a mean names nothing: `own_ridge` and `alone` are lost,
 # and so is a router over LoRAs, whose logits are linear. Gates that ask how strongly an expert
@@ -398,9 +400,8 @@ plt.show()
 # ### Second question: what do learners reach that are told more?
 #
 # On permuted-digits MoRA is within .02 of joint training. That is a reference and no limit:
-# `own_ridge` is above both. On rotated-digits it is the first of the trained gates, and more than
-# .15 below joint. On subspaces joint is no measure: one LoRA cannot be eight maps. Told LoRAs
-# (`oracle`) can.
+# `own_ridge` is above both. On rotated-digits MoRA is more than .15 below joint. On subspaces joint
+# is no measure: one LoRA cannot be eight maps. Told LoRAs (`oracle`) can.
 
 # %%
 privileged = [name for name, entry in ROSTER.items() if entry.privileged]
@@ -421,12 +422,15 @@ for s in STREAMS:
 
 split = {name: row["split-digits"] for name, row in means.items() if "split-digits" in row}
 assert 2 * split["lora"] < 0.45 < split["own_ridge"] < split["ridge"]
-for s in STREAMS[:3]:  # in each of the seeds
+for s in STREAMS[:3]:
+    closed = max(("own_ridge", "ridge"), key=lambda name, s=s: means[name][s])
+    level = best[s] == "input_domain_aware" and abs(means[best[s]][s] - means[closed][s]) < 0.005
+    assert level == (s != "split-digits")
     for name in there[s]:
-        pairs = zip(values["own_ridge"][s], values[name][s], strict=False)  # seeds of both
-        assert all(own > other for own, other in pairs), (name, s)
-    assert means["alone"][s] > means[best[s]][s]
-assert best["permuted-digits"] == best["rotated-digits"] == "mora"
+        pairs = zip(values[closed][s], values[name][s], strict=False)  # seeds of both
+        assert name == "input_domain_aware" or all(own > other for own, other in pairs)
+        gate = name not in ("input_domain_aware", "inflora")
+        assert not gate or means[name][s] < means["alone"][s]
 order = sorted(there["subspaces"], key=lambda name: -means[name]["subspaces"])
 assert order[:3] == ["input_domain_aware", "aoe", "mora"]
 assert means["joint"]["permuted-digits"] - means["mora"]["permuted-digits"] < 0.02
