@@ -75,9 +75,9 @@ class Adapter(Wrapped):
     def __init__(self, base: nn.Linear, rank: int = 16, scale: float = 1.0):
         super().__init__(base)
         self.rank, self.scale = rank, scale
-        for name, kind in inspect.get_annotations(type(self).__init__).items():
-            value = vars(self).get(name, 1)
-            require(kind not in (int, "int") or value % 1 == 0, name, value, "a whole number")
+        kinds = {"top_k": int} | inspect.get_annotations(type(self).__init__) | {"rank": int}
+        for value, name in [(vars(self).get(n, 1), n) for n in kinds if kinds[n] in (int, "int")]:
+            require(hasattr(value, "__index__"), name, value, "a whole number")
         require(math.isfinite(scale), "scale", scale, "a number")
         most = min(self.in_features, self.out_features)
         require(1 <= rank <= most, "rank", rank, f"1 to {most} for this layer")

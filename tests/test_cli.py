@@ -103,7 +103,7 @@ def test_resume_extends_a_finished_run_and_keeps_what_is_there(small, tmp_path):
     start += ["--epochs", 2, "--rank", 4]
     assert minimoe(*start, *run, cwd=tmp_path).returncode == 0
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    for more in (["--seeds", 1], ["--schemes", "lora", "joint"], ["--tasks", 3], []):
+    for more in (["--seeds", 1], ["--schemes", "lora", "joint", "--tasks", 3], []):
         done = minimoe("compare", "--resume", *more, *run, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert {p: p.stat().st_mtime_ns for p in first} == first

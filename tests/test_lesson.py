@@ -303,7 +303,50 @@ def test_what_is_not_written_is_said_to_be_so(capsys):
         check("lora", lambda x, W0, A, B: None)
     stubbed, empty = capsys.readouterr().out.split("exercise 2: not yet")[1:]
     assert stubbed == " (nothing is written yet: replace `raise NotImplementedError`)\n"
-    assert "got       None\n" in empty and "slip" not in empty
+    assert "got       None\n  slip      `return` is missing.\n" in empty
+
+
+def test_an_error_of_torch_is_no_empty_stub(capsys):
+    def swapped(x, W, r, k):
+        where, what = (x @ W.T).topk(k)
+        return what.softmax(-1) * where
+
+    with exercise("2"):
+        check("router_gate", swapped)
+    said = capsys.readouterr().out
+    assert "nothing is written" not in said and "your line" in said and "case" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "said"),
+    [
+        ("lora", lambda x, W0, A, B: None, "slip      `return` is missing."),
+        ("lora", lambda x, W0, A, B: lora(x, W0, A, B).tolist(), "slip      return a tensor."),
+        ("lora", lambda x, W0, A, B: lora(x, W0, A, B).to_sparse(), "torch.sparse_coo"),
+        ("mora_gate", lambda z, k, tau, delta: z.div_(2), "changes its input z: make a new"),
+    ],
+)
+def test_what_is_no_answer_is_told_so(name, function, said):
+    with pytest.raises(Wrong) as raised:
+        check(name, function)
+    assert said in str(raised.value) and len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, W0, A, B: torch.einsum("...d,od->...o", x, W0) + x @ A.T @ B,
+        lambda x, W0, A, B: x @ (W0 + B.T @ A).T,
+        lambda x, W0, A, B: torch.cat([x, x @ A.T], -1) @ torch.cat([W0.T, B]),
+    ],
+)
+def test_another_way_to_the_same_numbers_is_right(function):
+    check("lora", function)
+
+
+def test_what_check_refuses_does_not_run(capsys):
+    assert scheme_of("mora_gate", lambda *args: mora_gate(*args).detach()) is MoRA
+    assert "mora_gate is not right yet: minimoe.MoRA runs in its place." in capsys.readouterr().out
 
 
 def test_what_no_case_shows_a_law_does():

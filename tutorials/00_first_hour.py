@@ -19,13 +19,13 @@ from importlib.util import find_spec
 
 from IPython import get_ipython
 
-SOURCE = "minimoe.whl"  # the teacher sets it: a wheel, or git+URL@TAG
+SOURCE = "minimoe-0.1.0-py3-none-any.whl"  # the teacher sets it: a wheel, or git+URL@TAG
 NEEDED = "torch numpy matplotlib sklearn safetensors hypothesis joblib pydantic scipy tqdm "
 NEEDED += "typing_extensions"
 if find_spec("minimoe") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {SOURCE}")
 missing = [name for name in NEEDED.split() if find_spec(name) is None]
-print("missing, install them too:" if missing else "nothing is missing", *missing)
+print(*missing, "to be installed (sklearn: scikit-learn)" if missing else "nothing is missing")
 
 # %%
 import torch
@@ -371,18 +371,18 @@ print(f"BWT {bwt(turned.matrix):.2f}; task 1 at the end: {turned.matrix[-1, 0]:.
 #
 # **Does the gate see enough to tell?** A **token** is a piece of a text, here a letter. In the
 # first layer of a language model a gate sees a single one. Take the last e of *tree* in English and
-# in code.
+# in code, at the same place.
 
 # %% letter
 letters = torch.randn(128, 32)  # what stands for each letter, as in an embedding
-texts = ("they sat in a tree", "root = parse(line).tree")
-gate = MyMoRA(nn.Linear(32, 32), rank=8, top_k=4, tau=0.1).eval()
+texts = ("they sat in a tree", "roots = parse.tree")
+gate = MyMoRA(nn.Linear(32, 32), rank=8, top_k=4, tau=0.1)
 e = [dense_gate(gate, letters[[ord(c) for c in text]])[-1] for text in texts]
 apart = (e[0] - e[1]).abs().max().item()
 claim("The gate for e differs in the two texts by at most 1e-5", apart, apart <= 1e-5)
 
 # %% [markdown]
-# The same letter is the same input, so the gate is the same, whatever the task.
+# The same letter at the same place is the same input, so the gate is the same, whatever the task.
 #
 # **What does the simplest method get?** Ridge regression on 1,000 random features of the pixels.
 # Its sums G and C run over all tasks, so nothing is forgotten, and no step of training is made.

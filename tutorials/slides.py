@@ -1,8 +1,9 @@
 """Slides of a notebook, from its own cells: python tutorials/slides.py [NAME] [FILE]
 
-A slide for each section, below it one for each prediction, exercise and picture. Speaker's notes
-(key S) are the section's row in TEACHING.md. By default of 00_first_hour, in NAME.slides.html. What
-is shown is the stored notebook, with its outputs. The page takes reveal.js from the network.
+A slide for each section, below it one for each exercise, picture and outcome of a prediction.
+Speaker's notes (key S) are the section's row in TEACHING.md. By default of 00_first_hour, in
+NAME.slides.html. What is shown is the stored notebook, with its outputs. The page takes reveal.js
+from the network.
 """
 
 import re
@@ -16,6 +17,7 @@ from nbformat import NotebookNode
 from minimoe.tools.files import write_atomic
 
 HERE = Path(__file__).parent
+APART = r"\bfigures\.|\.beside\("  # a picture; what comes out, apart from its prediction
 
 
 def kind(cell: NotebookNode) -> str:
@@ -26,7 +28,7 @@ def kind(cell: NotebookNode) -> str:
     if cell.cell_type == "markdown":
         starts = "slide" if cell.source.startswith("#") else "-"
         return "subslide" if cell.source.startswith("**Predict.**") else starts
-    return "subslide" if title.startswith("exercise") or "figures." in cell.source else "-"
+    return "subslide" if title.startswith("exercise") or re.search(APART, cell.source) else "-"
 
 
 def notes() -> dict[str, str]:
@@ -68,7 +70,12 @@ def main(words: list[str]) -> int:
     if name not in there or len(words) > 2:
         print(f"slides: error: notebook is {name!r}, allowed: {', '.join(there)}", file=sys.stderr)
         return 2
-    write_atomic(Path(words[1] if len(words) > 1 else f"{name}.slides.html"), slides(name).encode())
+    file = Path(words[1] if len(words) > 1 else f"{name}.slides.html")
+    try:
+        write_atomic(file, slides(name).encode())
+    except OSError as error:
+        print(f"slides: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

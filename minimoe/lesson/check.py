@@ -8,6 +8,7 @@ laws.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from .wrap import adapter_of, package_of
 FEW = 5  # cases of each law, and of each step of the comparison
 FEW_LAWS = (zero_at_birth, equation, granularity, support, simplex, zero_is_finite, grow_keeps)
 WITHIN = 1e-6  # of what is expected
+LONGEST = 300  # letters of what was got
 
 
 def check(name: str, function: Callable[..., Any]) -> None:
@@ -44,6 +46,13 @@ def check(name: str, function: Callable[..., Any]) -> None:
     which slip explains it in all cases; or with the law, or the step, that does not hold.
     Raises ValueError as `adapter_of` does.
     """
+    for line in held_to(name, function):
+        print(line)
+
+
+@lru_cache
+def held_to(name: str, function: Callable[..., Any]) -> list[str]:
+    """What it was held to, in lines. Raises as `check` does."""
     scheme, question = adapter_of(name, function), QUESTIONS[name]
     at_first_case(question, function)
     held = []
@@ -58,9 +67,11 @@ def check(name: str, function: Callable[..., Any]) -> None:
     rows = same(scheme, package, examples=FEW)
     for row in rows:
         require_held(row, f"step      {row.law}, beside minimoe.{package.__name__}")
-    print(f"{name} agrees with minimoe.{package.__name__} in {len(question.cases)} cases,")
-    print(f"as a layer that grows and learns ({len(rows)} steps of comparison),")
-    print(f"and keeps {len(held)} laws: {', '.join(held)}.")
+    return [
+        f"{name} agrees with minimoe.{package.__name__} in {len(question.cases)} cases,",
+        f"as a layer that grows and learns ({len(rows)} steps of comparison),",
+        f"and keeps {len(held)} laws: {', '.join(held)}.",
+    ]
 
 
 def require_held(row: Row, what: str) -> None:
@@ -80,9 +91,9 @@ def scheme_of(name: str, function: Callable[..., Any]) -> type[Adapter]:
 
 
 def is_right(name: str, function: Callable[..., Any]) -> bool:
-    """Whether the function is right in the cases of questions.py."""
+    """Whether `check` finds nothing."""
     try:
-        at_first_case(QUESTIONS[name], function)
+        held_to(name, function)
     except Wrong:
         return False
     return True
@@ -97,6 +108,9 @@ def at_first_case(question: Question, function: Callable[..., Any]) -> None:
             continue
         lines = [f"case      {', '.join(f'{n} = {shown(v)}' for n, v in case.items())}"]
         lines += [f"expected  {shown(want)}", f"got       {shown(got)}"]
+        if not isinstance(got, Tensor | Exception):
+            missing = "`return` is missing" if got is None else "return a tensor"
+            lines.append(f"slip      {missing}.")
         for sentence, slip in question.slips:
             others = [answer(slip, case) for case in question.cases]
             if all(map(alike, answers, others)):
@@ -110,15 +124,21 @@ def answer(function: Callable[..., Any], case: Inputs) -> Any:
     inputs = [v.clone() if isinstance(v, Tensor) else v for v in case.values()]
     try:
         with torch.no_grad():
-            return function(*inputs)
+            got = function(*inputs)
     except Exception as error:  # whatever an unfinished answer raises
         return error
+    for (name, value), after in zip(case.items(), inputs, strict=True):
+        if isinstance(value, Tensor) and not torch.equal(value, after):
+            return ValueError(f"the function changes its input {name}: make a new tensor instead")
+    return got
 
 
 def alike(got: Any, want: Any) -> bool:
     """The same numbers in the same shape; or both the same kind of exception."""
     if not isinstance(got, Tensor) or not isinstance(want, Tensor):
         return isinstance(got, Exception) and type(got) is type(want)
+    if got.layout is not torch.strided or got.is_meta or got.is_complex():
+        return False
     return got.shape == want.shape and torch.allclose(
         got.double(), want.double(), rtol=WITHIN, atol=WITHIN, equal_nan=True
     )
@@ -127,9 +147,11 @@ def alike(got: Any, want: Any) -> bool:
 def shown(value: Any) -> str:
     """A value as a line: all numbers of a small tensor, of a large one the shape and some."""
     if isinstance(value, Exception):
-        return " ".join(f"{type(value).__name__}: {value}".split())
+        return " ".join(f"{type(value).__name__}: {value}".split())[:LONGEST]
     if not isinstance(value, Tensor):
-        return f"{value:.3g}" if isinstance(value, float) else repr(value)
+        return f"{value:.3g}" if isinstance(value, float) else repr(value)[:LONGEST]
+    if value.layout is not torch.strided or value.is_meta or value.is_complex():
+        return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
     if value.numel() > 9:
         some = ", ".join(f"{v:.3g}" for v in value.flatten()[:4].tolist())
         return f"({some}, ...) of shape {tuple(value.shape)}"

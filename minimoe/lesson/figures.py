@@ -112,21 +112,31 @@ def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], title: str
 def curves(matrices: Mapping[str, Any], title: str = "") -> None:
     """Mean accuracy on the tasks learned so far, after each task, of accuracy matrices (J + 1, J)
     by name; the name stands at the end of its line."""
-    ends = []
+    means = {
+        name: [np.array(a)[t, :t].mean() for t in range(1, len(a))] for name, a in matrices.items()
+    }
+    tasks = range(1, len(next(iter(means.values()))) + 1)
+    lines(tasks, means, "tasks learned", "mean accuracy so far", title)
+
+
+def lines(
+    at: Sequence[float], values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, title: str
+) -> None:
+    """Values from 0 to 1 by name, each a line over `at`, at equal distances; the name, and the last
+    value, stand at the end of the line."""
+    ends: list[list[Any]] = []
+    places = range(len(at))
     with drawn(6.5, 3.4) as axes:
-        for i, (name, values) in enumerate(matrices.items()):
-            a = np.array(values)
-            tasks = np.arange(1, a.shape[1] + 1)
-            mean = [a[t, :t].mean() for t in tasks]
+        for i, (name, line) in enumerate(values.items()):
             style: Any = {"color": COLOURS[i], "marker": MARKERS[i], "ls": STYLES[i % 4]}
-            axes.plot(tasks, mean, lw=2, ms=7, **style)
-            ends.append([mean[-1], f"  {name} {mean[-1]:.2f}", COLOURS[i], tasks[-1]])
+            axes.plot(places, line, lw=2, ms=7, **style)
+            ends.append([line[-1], f"  {name} {line[-1]:.2f}", COLOURS[i]])
         ends.sort(key=lambda end: end[0])
         for lower, upper in itertools.pairwise(ends):
             upper[0] = max(upper[0], lower[0] + 0.08)  # names that do not cover each other
-        for height, text, colour, last in ends:
-            axes.text(last, height, text, va="center", color=colour)
-        axes.set(xlabel="tasks learned", ylabel="mean accuracy so far", ylim=(0, 1.1), title=title)
-        axes.set_xlim(0.8, tasks[-1] + 0.35 * tasks[-1])
-        axes.set_xticks(tasks)
+        for height, text, colour in ends:
+            axes.text(places[-1], height, text, va="center", color=colour)
+        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.1), title=title)
+        axes.set_xlim(-0.1 * len(at), 1.35 * len(at) - 1)
+        axes.set_xticks(places, [f"{x:g}" for x in at])
         axes.grid(alpha=0.3)

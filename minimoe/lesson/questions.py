@@ -156,6 +156,9 @@ ROUTER_GATE = Question(
     slips=[
         (BEFORE, partial(routed, weigh=lambda l, kept: l.softmax(-1) * kept)),
         (ZEROS, partial(routed, weigh=lambda l, kept: (l * kept).softmax(-1))),
+        ("These are the weights of the kept experts alone: put them in their places among all E, "
+            "with torch.zeros_like(l).scatter(-1, expert, w).",
+            lambda x, W, r, k: (x @ W.T).topk(k).values.softmax(-1).repeat_interleave(r, -1)),
         ("All experts have a weight: keep the k of largest logit, l.topk(k).",
             partial(routed, weigh=lambda l, kept: l.softmax(-1))),
         ("The k largest by size are kept: sign decides, l.topk(k).",
@@ -224,6 +227,7 @@ MORA_GATE = Question(
     cases=[
         {**BY_HAND, "delta": None},
         {**BY_HAND, "delta": 0.5},
+        {"z": numbers(3, 4, 0), "k": 2, "tau": 1.0, "delta": 0.6},  # s is (.6, .8, 0)
         *(
             {"z": 3 * drawn(*shape, seed=k), "k": k, "tau": tau, "delta": delta}
             for shape, k, tau in (((4, 5), 4, 0.5), ((2, 3, 8), 5, 0.3), ((3, 6), 6, 1.0))
@@ -257,6 +261,9 @@ MORA_GATE = Question(
         ("delta is on the size of s: sign counts, s >= delta.",
             partial(scored, prune=lambda w, s, delta:
                 w if delta is None else w * (s.abs() >= delta))),
+        ("A score equal to delta keeps its weight: s >= delta, not s > delta.",
+            partial(scored, prune=lambda w, s, delta:
+                w if delta is None else w * (s > delta))),
         ("delta is left out: where it is a number, ranks with s < delta get weight 0.",
             partial(scored, prune=lambda w, s, delta: w)),
         ("What delta leaves is rescaled to sum to 1: it is not, so that the update may be small.",

@@ -13,7 +13,7 @@ Axes: x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (E, D) router, z 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Gate
@@ -23,14 +23,14 @@ from ..mora import MoRA
 
 
 class WrittenLoRA(LoRA):
-    """LoRA by lora(x, W0, A, B)."""
+    """LoRA by lora(x, W0, A, B), of which W0 = 0 leaves the update."""
 
     written: Callable[..., Any]
 
     def update(self, x: Tensor) -> Tensor:
-        W0 = self.cast(self.base.weight)
-        y: Tensor = self.written(x, W0, self.keys, self.rows("B"))
-        return self.scale * (y - F.linear(x, W0))
+        nothing = torch.zeros_like(self.cast(self.base.weight))  # in the place of W0
+        update: Tensor = self.written(x, nothing, self.keys, self.rows("B"))
+        return self.scale * update
 
 
 class WrittenRouter(LoRAMoE):

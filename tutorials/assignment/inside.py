@@ -5,6 +5,7 @@ Axes: T tokens, D in, O out, R ranks in all, r ranks per task, J tasks.
 """
 
 import ast
+import builtins
 import inspect
 import math
 import os
@@ -20,6 +21,7 @@ from torch import nn
 
 import minimoe
 from minimoe import Adapter
+from minimoe.adapt import adapters
 from minimoe.continual import streams
 from minimoe.continual.learn import AdapterLearner, pretrain, task_seed, train
 from minimoe.continual.stream import Stream, Task
@@ -28,6 +30,8 @@ from minimoe.laws.check import beyond, claimed, drawn
 from minimoe.laws.laws import EXAMPLES, LAWS
 from minimoe.tools.load import load_class
 from minimoe.tools.seeds import seed_all, seeded
+
+NOT_PLAIN = {"eval", "exec", "compile", "open", "input", "breakpoint", "globals"}
 
 
 def reads(path: Path) -> Handed:
@@ -67,11 +71,13 @@ def law_row(path: Path, name: str, more: dict[str, Any], quick: bool) -> Handed:
     return [row.verdict, row.evidence], np.zeros(0)
 
 
-def layer_answers(path: Path, situation: tuple[int, ...], seed: int) -> Handed:
-    """The rows' shapes and the settings of a layer; y (T, O), and beside it dx (T, D)."""
+def layer_answers(
+    path: Path, situation: tuple[int, ...], seed: int, given: dict[str, Any]
+) -> Handed:
+    """The rows' shapes and the settings of a layer, of those given where it takes them; y (T, O),
+    and beside it dx (T, D)."""
     T, D, O, r, J, training = situation
     scheme = scheme_of(path)
-    given = {"scale": 0.7, "top_k": 2}
     base = nn.Linear(D, O, dtype=torch.float64)
     layer = scheme(base, rank=r, **{n: given[n] for n in arguments(scheme) if n in given})
     for _ in range(J - 1):
@@ -106,7 +112,15 @@ def stated_gates(
         raise ValueError("no function stated(x, rows, settings, training)")
     if any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(found[-1])):
         raise ValueError("stated imports something, allowed: np and math, which are there")
-    names: dict[str, Any] = {"np": np, "math": math}
+
+    def imported(name: str, *rest: Any) -> Any:  # NumPy imports as it computes
+        if name.partition(".")[0] in (path.stem, "importlib", "minimoe", "torch"):
+            raise ImportError(f"stated imports {name}, allowed: np and math, which are there")
+        return __import__(name, *rest)
+
+    plain = {n: v for n, v in vars(builtins).items() if n not in NOT_PLAIN}
+    plain["__import__"] = imported
+    names: dict[str, Any] = {"np": np, "math": math, "__builtins__": plain}
     exec(compile(ast.Module([found[-1]], []), path, "exec"), names)
     each = [names["stated"](x.copy(), dict(rows), settings, training) for x in xs]
     return None, np.asarray(each, dtype=np.float64)
@@ -136,6 +150,9 @@ def life(
                 seed_all(task_seed(seed, t - 1))
                 fit: Any = partial(train, epochs=epochs, seed=task_seed(seed, t - 1))
                 learner.learn(stream, t - 1, fit)
+            for _, layer in adapters(learner.model):
+                if layer.ranks != settings.get("rank", layer.rank) * max(1, t):
+                    raise ValueError(f"a layer has {layer.ranks} ranks after {t} tasks")
             with torch.no_grad():
                 learner.model.eval()
                 answers.append([learner.predict(task.x_test, 0).numpy() for task in made])
