@@ -153,8 +153,7 @@ class SecondStage(Replay):
         AdapterLearner.learn(self, stream, t, fit)
         memory = self.memory + [self.remembered(x, y, t) for x, y in kept]
         layers = [cast(Any, layer) for _, layer in adapters(self.model)]
-        names = [key for name in layers[0].buffer_rows for key in (f"frozen_{name}", name)]
-        routers = [rows for n in layers for key in names if len(rows := getattr(n, key))]
+        routers = self.routers()
 
         def switch(on: bool) -> None:
             for layer in layers:
@@ -171,17 +170,17 @@ class SecondStage(Replay):
             switch(False)
         self.memory = memory
 
+    def routers(self) -> list[Tensor]:
+        """What the second stage trains."""
+        layers = [layer for _, layer in adapters(self.model)]
+        names = [key for name in layers[0].buffer_rows for key in (f"frozen_{name}", name)]
+        return [rows for n in layers for key in names if len(rows := getattr(n, key))]
+
     def count(self) -> dict[str, int]:
         """The routers train too, though not beside the experts."""
         counts = super().count()
-        layers = [layer for _, layer in adapters(self.model)]
-        routers = [
-            getattr(n, f"{of}{name}")
-            for n in layers
-            for name in n.buffer_rows
-            for of in ("", "frozen_")
-        ]
-        return counts | {"trainable": counts["trainable"] + sum(rows.numel() for rows in routers)}
+        routers = sum(rows.numel() for rows in self.routers())
+        return counts | {"trainable": counts["trainable"] + routers}
 
 
 def counting(model: Contextual, each: Tensor, real: bool = False) -> Tensor:

@@ -404,7 +404,7 @@ def same(
     looked at.
 
     within: what of the largest number they may differ by: 1e-4 if mine computes in float32, as many
-    kernels do.
+    kernels do. examples: cases of each step, of some steps fewer.
 
     settings: of both; what is not given of rank, top_k and DRAWN is drawn, or stays at theirs'
     default where mine does not take it. Raises TypeError if mine is none of the three, ValueError
