@@ -15,7 +15,17 @@ from minimoe.adapt import adapt, grow, parameters
 from minimoe.continual.learn import score
 from minimoe.continual.streams import make
 from minimoe.laws import same
-from minimoe.lesson import adapter_of, check, claim, figures, hint, learn, predict, scheme_of
+from minimoe.lesson import (
+    adapter_of,
+    check,
+    claim,
+    expect,
+    figures,
+    hint,
+    learn,
+    predict,
+    scheme_of,
+)
 from minimoe.lesson.learned import WEIGHTS, pretrained, shipped
 from minimoe.lesson.questions import QUESTIONS
 from minimoe.lesson.talk import HINTS
@@ -293,6 +303,19 @@ def test_ones_own_line_is_shown_where_it_raises_and_only_there(capsys):
     assert "exercise 3: not yet (RuntimeError: " in said
 
 
+def test_ones_own_line_is_shown_where_a_law_finds_an_error(capsys):
+    def two_at_least(z, k, tau, delta):
+        second = z.sort(-1).values[..., -2]  # of one rank there is no second
+        return mora_gate(z, k, tau, delta) + 0 * second.unsqueeze(-1)
+
+    with exercise("3"):
+        check("mora_gate", two_at_least)
+    said = capsys.readouterr().out
+    assert "  law       " in said and "IndexError" in said
+    line = two_at_least.__code__.co_firstlineno + 1
+    assert f"  your line {line}: second = " in said
+
+
 def test_what_is_not_written_is_said_to_be_so(capsys):
     def stub(x, W, r, k):
         raise NotImplementedError
@@ -342,6 +365,61 @@ def test_what_is_no_answer_is_told_so(name, function, said):
 )
 def test_another_way_to_the_same_numbers_is_right(function):
     check("lora", function)
+
+
+RIGHT_VALUES = [
+    (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0004], dtype=torch.float64)),
+    (24, 24),
+    (torch.tensor(0.5), 0.5),
+    ((0.8, 0, 0.2), (0.8, 0.0, 0.2)),
+    ([1, (2.0, "a")], (1, [2, "a"])),
+    ("a", "a"),
+    (None, None),
+]
+WRONG_VALUES = [
+    (torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 2.0]])),
+    (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1])),
+    (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0])),
+    ([1.0, 2.0], torch.tensor([1.0, 2.0])),
+    (torch.tensor([24, 24]), 24),
+    (25, 24),
+    ("24", 24),
+    (None, 24),
+    ((0.8, 0), (0.8, 0, 0.2)),
+    (0.8, (0.8,)),
+    (1, "a"),
+]
+
+
+@pytest.mark.parametrize(("got", "want"), RIGHT_VALUES)
+def test_a_value_that_is_expected_is_right(got, want):
+    expect("case", got, want)
+
+
+@pytest.mark.parametrize(("got", "want"), WRONG_VALUES)
+def test_a_value_that_is_not_expected_is_wrong(got, want):
+    with pytest.raises(Wrong):
+        expect("case", got, want)
+
+
+def test_a_wrong_value_is_shown_its_case_and_told_its_slip(capsys):
+    slips = {"The two are added: multiply them.": 10, "A second one.": 10}
+    with exercise("2"):
+        expect("D = 4, O = 6", 10, 24, slips=slips)
+    with exercise("2"):
+        expect("D = 4, O = 6", None, (24, 0.5), slips=slips)
+    assert capsys.readouterr().out.splitlines() == [
+        "exercise 2: not yet",
+        "  case      D = 4, O = 6",
+        "  expected  24",
+        "  got       10",
+        "  slip      The two are added: multiply them.",
+        "exercise 2: not yet",
+        "  case      D = 4, O = 6",
+        "  expected  (24, 0.5)",
+        "  got       None",
+        "  slip      `return` is missing.",
+    ]
 
 
 def test_what_check_refuses_does_not_run(capsys):
@@ -464,6 +542,8 @@ def test_a_prediction_is_shown_beside_its_outcome(capsys):
         "Predict: the rank? Write a number in this cell before you go on.",
         "the rank: you wrote no number, it is 0.",
     ]
+    with pytest.raises(ValueError, match=r"number is .0\.5., allowed: a"):
+        predict("accuracy", "0.5")
 
 
 def test_a_claim_says_in_words_whether_it_holds(capsys):
@@ -495,6 +575,8 @@ PICTURES = {
     "shares": lambda: figures.shares(A[1:]),
     "bars": lambda: figures.bars({"a": (0.1, -0.2), "b": (0.3, 0.4)}, ["one", "two"], "bars"),
     "curves": lambda: figures.curves({"LoRA": A, "MoRA": A}),
+    "lines": lambda: figures.lines((1, 8), {"a": (2, 5), "b": (5, 5)}, "x", "y", "t", (0, 10)),
+    "spread": lambda: figures.spread({"a": (0.1, 0.3), "b": (0.5, 0.5)}, "ACC", "title", (0, 1)),
 }
 
 
@@ -529,6 +611,23 @@ def test_lines_differ_in_more_than_colour_and_have_their_names(picture):
     names = sorted((text.get_position()[1], text.get_text()) for text in axes.texts)
     assert [name for _, name in names] == ["  LoRA 0.83", "  MoRA 0.83"]
     assert names[1][0] - names[0][0] >= 0.079  # neither covers the other
+
+
+@pytest.mark.parametrize("picture", ["lines"], indirect=True)
+def test_lines_of_any_height_have_names_apart(picture):
+    (axes,) = picture.axes
+    assert axes.get_ylim() == (0, 10) and np.allclose(axes.lines[1].get_ydata(), [5, 5])
+    low, high = sorted(text.get_position()[1] for text in axes.texts)
+    assert high - low == pytest.approx(0.73)
+
+
+@pytest.mark.parametrize("picture", ["spread"], indirect=True)
+def test_a_spread_has_a_tick_for_each_value_and_the_mean_in_numbers(picture):
+    (axes,) = picture.axes
+    ticks = [line for line in axes.lines if line.get_marker() == "|"]
+    assert [list(line.get_xdata()) for line in ticks] == [[0.1, 0.3], [0.5, 0.5]]
+    assert [text.get_text().strip() for text in axes.texts] == ["0.20", "0.50"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
 
 
 @pytest.mark.parametrize("picture", ["bars"], indirect=True)

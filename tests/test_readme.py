@@ -21,6 +21,7 @@ from minimoe.continual.learn import make_backbone
 from minimoe.continual.metrics import METRICS
 from minimoe.continual.probe import PROBLEMS
 from minimoe.laws import LAWS
+from minimoe.lesson.numbers import NUMBERS, numbers
 from minimoe.roster import EPOCHS, ROSTER, SCHEMES, TUNED, entry_on, names, under
 from minimoe.schemes.alone import TrainedAlone
 from minimoe.studies import STUDIES, routing
@@ -86,6 +87,14 @@ def test_the_stored_results_are_of_the_settings_and_the_roster_of_today(name, st
 def test_the_settings_are_those_that_the_study_of_them_picked():
     """If this fails: python tutorials/pages.py"""
     assert read_json(TUNED, "tuned", mend="")[1] == pages.settings()
+
+
+def test_the_numbers_that_lessons_read_are_those_of_the_stored_results():
+    """If this fails: python tutorials/pages.py"""
+    assert read_json(NUMBERS, "lesson", mend="")[1] == pages.lesson_numbers()
+    assert numbers("atlas")["permuted-digits"]["mora"]["stored"] == 25600
+    with pytest.raises(ValueError, match="section is 'x', allowed: atlas, planted, bench"):
+        numbers("x")
 
 
 def test_a_stored_result_is_whole_and_reads_and_writes_to_the_same():

@@ -24,7 +24,7 @@ from nbformat import NotebookNode
 from minimoe.tools.files import write_atomic
 
 HERE = Path(__file__).parent
-NAMES = sorted(path.stem for path in HERE.glob("[0-9][0-9]_*.py"))
+NAMES = sorted(path.stem for path in HERE.glob("[0D][0-9]_*.py"))
 LARGEST = 400_000  # bytes of a notebook
 
 

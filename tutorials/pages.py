@@ -2,18 +2,21 @@
 
 Of the stored results (results/*.json, findings/*.json): results/*.md, of which schemes.md is made
 of the schemes' own files too (schemes_page.py), findings/findings.md, the answer that they give,
-findings/self-activation.md, in ../README.md the table of accuracies, and of findings/tuning.json
-the settings that the package has on its streams, ../minimoe/tuned.json. The
-commands write such pages beside their results; this one writes those that are stored here, after a
-scheme or a result was added. The tests hold the stored pages to it.
+findings/self-activation.md, in ../README.md the table of accuracies; of findings/tuning.json the
+settings that the package has on its streams, ../minimoe/tuned.json; and what lessons read,
+../minimoe/lesson/numbers.json. The commands write such pages beside their results; this one writes
+those that are stored here, after a scheme or a result was added. The tests hold the stored pages to
+it.
 """
 
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from minimoe.bench import page as bench_page
 from minimoe.bench import read as read_bench
+from minimoe.lesson.numbers import NUMBERS
 from minimoe.roster import ROSTER, TUNED, names
 from minimoe.studies import STUDIES, answer, stored, tuning
 from minimoe.tools.files import read_json, write_atomic, write_json
@@ -92,7 +95,39 @@ def settings() -> dict:
     return {"command": result.command, "code": result.code, "settings": tuning.chosen(result)}
 
 
+def lesson_numbers() -> dict[str, Any]:
+    """What numbers.json should hold: see `minimoe.lesson.numbers`."""
+    atlas: dict[str, Any] = {}
+    for place, row in StudyResult.read(HERE / "findings" / "atlas.json").rows.items():
+        stream, _, name = place.partition(", ")
+        acc = [round(value, 4) for value in row["acc"].values]
+        atlas.setdefault(stream, {})[name] = {"acc": acc, "stored": round(row["stored"].mean)}
+    planted = {
+        name: {
+            "acc": round(row.acc.mean, 4),
+            "bwt": None if row.bwt.mean is None else round(row.bwt.mean, 4),
+            "reachable": round(row.reachable.mean, 4),
+            "limit": row.reachable.limit,
+        }
+        for name, row in CompareResult.read(HERE / "results" / "planted.json").schemes.items()
+        if row.reachable
+    }
+    bench = read_bench(HERE / "results" / "bench-cpu.json")
+    rows = [
+        {key: row[key] for key in ("pass", "R", "name", "routing")}
+        | {"ratio": row["ratio"]["median"], "iqr": row["ratio"]["iqr"], "ms": row["ms"]["median"]}
+        for row in bench["rows"]
+        if row["part"] == "up-projection" and row["name"] in ("dense", "gather", "compact")
+    ]
+    sizes = {key: bench[key] for key in ("tokens", "width", "top_k")}
+    return {"atlas": atlas, "planted": planted, "bench": sizes | {"rows": rows}}
+
+
 def main() -> int:
+    content = lesson_numbers()
+    if not NUMBERS.exists() or read_json(NUMBERS, "lesson", mend="")[1] != content:
+        write_json(NUMBERS, "lesson", content)
+        print(NUMBERS.relative_to(HERE.parent))
     if read_json(TUNED, "tuned", mend="")[1] != settings():
         write_json(TUNED, "tuned", settings())
         print(TUNED.relative_to(HERE.parent))

@@ -28,7 +28,7 @@ class NewScheme(Adapter):
     # help(Claims) says what more there is to claim; as_lora={} is true only while g = 1.
     # A loss of its own: Gate(..., loss=...) in training, over the tokens where self.mask(x) is 1.
     # To keep k ranks: claim top_k, set self.top_k in __init__ (before super's), take idx of
-    # z.topk(self.kept), and give z.gather(-1, idx). tutorials/06 does it, step by step.
+    # z.topk(self.kept), and give z.gather(-1, idx). tutorials/05 does it, step by step.
     claims = Claims(zero_at_birth=True, granularity="token", as_lora={})
 
     def gate(self, x: Tensor) -> Gate:

@@ -7,8 +7,9 @@ First the cases of questions.py, of which the first wrong one is shown; then a f
 laws.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from ..laws import (
     zero_at_birth,
     zero_is_finite,
 )
-from ..laws.case import cases
+from ..laws.case import Broken, Case, cases
 from ..laws.check import Row, claimed, drawn
-from ..laws.laws import LAWS
+from ..laws.laws import LAWS, Law
 from ..laws.same import same
 from ..tools.exercise import Wrong
 from .questions import QUESTIONS, Inputs, Question
@@ -61,7 +62,8 @@ def held_to(name: str, function: Callable[..., Any]) -> list[str]:
         if LAWS[law](claims):
             row = drawn(law.__name__, law, cases(scheme, {}, claims), FEW)
             why = " ".join((law.__doc__ or "").partition("\n")[2].split())
-            require_held(row, f"law       {law.__name__}: {says(law)}\nwhy       {why}")
+            what = f"law       {law.__name__}: {says(law)}\nwhy       {why}"
+            require_held(row, what, raised_by(law, row.case) if row.case else None)
             held.append(row.law)
     package = package_of(name)
     rows = same(scheme, package, examples=FEW)
@@ -74,9 +76,21 @@ def held_to(name: str, function: Callable[..., Any]) -> list[str]:
     ]
 
 
-def require_held(row: Row, what: str) -> None:
+def require_held(row: Row, what: str, error: BaseException | None = None) -> None:
     if row.verdict == "broken":
-        raise Wrong(f"{what}\nbroken    {row.evidence}")
+        raise Wrong(f"{what}\nbroken    {row.evidence}") from error
+
+
+def raised_by(law: Law, case: Case) -> BaseException | None:
+    """The error of one's own code with which a law ends in this case, if it is not the law's."""
+    try:
+        law(case)
+    except Exception as raised:  # whatever an answer raises
+        error: BaseException | None = raised
+        while isinstance(error, Broken):
+            error = error.__cause__
+        return error
+    return None
 
 
 def scheme_of(name: str, function: Callable[..., Any]) -> type[Adapter]:
@@ -117,6 +131,47 @@ def at_first_case(question: Question, function: Callable[..., Any]) -> None:
                 lines.append(f"slip      {sentence}")
                 break
         raise Wrong("\n".join(lines)) from (got if isinstance(got, Exception) else None)
+
+
+def expect(
+    case: str, got: Any, want: Any, within: float = 1e-3, slips: Mapping[str, Any] | None = None
+) -> None:
+    """Raise Wrong, with the case, unless what was got is what is expected: tensors, numbers, or
+    lists of them, up to `within`; anything else the same.
+
+        with exercise("2"):
+            expect("D = 4, O = 6", count(4, 6), 24, slips={"added, not multiplied": 10})
+
+    slips: {sentence: what a known mistake gives}; the first that is got is said.
+    """
+    if same_value(got, want, within):
+        return
+    lines = [f"case      {case}", f"expected  {shown(want)}", f"got       {shown(got)}"]
+    if got is None:
+        lines.append("slip      `return` is missing.")
+    for sentence, slip in (slips or {}).items():
+        if same_value(got, slip, within):
+            lines.append(f"slip      {sentence}")
+            break
+    raise Wrong("\n".join(lines))
+
+
+def same_value(got: Any, want: Any, within: float) -> bool:
+    if isinstance(want, Tensor):
+        if not isinstance(got, Tensor) or got.shape != want.shape or got.is_complex():
+            return False
+        got, want = got.detach().cpu().double(), want.detach().cpu().double()
+        return torch.allclose(got, want, rtol=0, atol=within)
+    if isinstance(want, list | tuple):
+        return (
+            isinstance(got, list | tuple)
+            and len(got) == len(want)
+            and all(same_value(g, w, within) for g, w in zip(got, want, strict=True))
+        )
+    if isinstance(want, Real) and not isinstance(want, bool):
+        number = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
+        return isinstance(number, Real) and abs(float(number) - float(want)) <= within
+    return bool(got == want)
 
 
 def answer(function: Callable[..., Any], case: Inputs) -> Any:
@@ -160,6 +215,6 @@ def shown(value: Any) -> str:
 
 def nested(value: Any) -> str:
     """Numbers in brackets, as deep as they are."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"({', '.join(map(nested, value))})"
     return f"{value:.3g}"

@@ -120,12 +120,17 @@ def curves(matrices: Mapping[str, Any], title: str = "") -> None:
 
 
 def lines(
-    at: Sequence[float], values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, title: str
+    at: Sequence[float],
+    values: Mapping[str, Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    limits: tuple[float, float] = (0, 1.1),
 ) -> None:
-    """Values from 0 to 1 by name, each a line over `at`, at equal distances; the name, and the last
-    value, stand at the end of the line."""
+    """Values by name, each a line over `at`, at equal distances; the name, and the last value,
+    stand at the end of the line. limits: of the values' axis."""
     ends: list[list[Any]] = []
-    places = range(len(at))
+    places, apart = range(len(at)), 0.073 * (limits[1] - limits[0])
     with drawn(6.5, 3.4) as axes:
         for i, (name, line) in enumerate(values.items()):
             style: Any = {"color": COLOURS[i], "marker": MARKERS[i], "ls": STYLES[i % 4]}
@@ -133,10 +138,25 @@ def lines(
             ends.append([line[-1], f"  {name} {line[-1]:.2f}", COLOURS[i]])
         ends.sort(key=lambda end: end[0])
         for lower, upper in itertools.pairwise(ends):
-            upper[0] = max(upper[0], lower[0] + 0.08)  # names that do not cover each other
+            upper[0] = max(upper[0], lower[0] + apart)  # names that do not cover each other
         for height, text, colour in ends:
             axes.text(places[-1], height, text, va="center", color=colour)
-        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.1), title=title)
+        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=limits, title=title)
         axes.set_xlim(-0.1 * len(at), 1.35 * len(at) - 1)
         axes.set_xticks(places, [f"{x:g}" for x in at])
+        axes.grid(alpha=0.3)
+
+
+def spread(
+    values: Mapping[str, Sequence[float]], xlabel: str, title: str, limits: tuple[float, float]
+) -> None:
+    """Of each name a row: a tick for each of its values, a mark for their mean, and its number."""
+    with drawn(8, 1.2 + 0.36 * len(values)) as axes:
+        for y, row in enumerate(values.values()):
+            mean = float(np.mean(row))
+            axes.plot(row, [y] * len(row), "|", color=COLOURS[0], ms=12)
+            axes.plot(mean, y, "D", color=COLOURS[2], ms=7, mfc="none", mew=1.5)
+            axes.text(limits[1], y, f"  {mean:.2f}", va="center")
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set(xlabel=xlabel, title=title, xlim=limits, ylim=(len(values) - 0.5, -0.5))
         axes.grid(alpha=0.3)

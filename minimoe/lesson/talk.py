@@ -1,6 +1,7 @@
 """What a lesson asks and says: predictions, claims, hints."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 from ..tools.tables import short
 
@@ -25,7 +26,10 @@ class Prediction:
 
 
 def predict(question: str, number: float | None = None) -> Prediction:
-    """Note a number, or print that there is none yet; `beside` is for after the run."""
+    """Note a number, or print that there is none yet; `beside` is for after the run. Raises
+    ValueError on anything else."""
+    if not (number is None or isinstance(number, Real)):
+        raise ValueError(f"number is {number!r}, allowed: a number such as .5, or None")
     if number is None:
         print(f"Predict: {question}? Write a number in this cell before you go on.")
     else:
