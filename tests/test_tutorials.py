@@ -41,14 +41,52 @@ def test_they_are_numbered_and_each_has_solutions():
     assert answers == set(build.NAMES) == {path.stem for path in TUTORIALS.glob("*.ipynb")}
 
 
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """A folder in which the package's wheel is installed."""
+    pip, folder = [sys.executable, "-m", "pip"], tmp_path_factory.mktemp("wheel")
+    there, root = folder / "installed", folder / "source"
+    # a copy, as pip leaves a folder in what it builds
+    shutil.copytree(TUTORIALS.parent / "minimoe", root / "minimoe")
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(TUTORIALS.parent / file, root)
+    subprocess.run([*pip, "wheel", str(root), "--no-deps", "-q", "-w", str(folder)], check=True)
+    (wheel,) = folder.glob("minimoe-*.whl")
+    install = [*pip, "install", "-q", "--no-deps", "--no-index", "--target", str(there), str(wheel)]
+    subprocess.run(install, check=True)
+    return there
+
+
+def run_from(installed, notebook, empty):
+    """What it prints, run in an empty folder by the installed package; it leaves nothing there but
+    hypothesis's notes."""
+    empty.mkdir()
+    where = nbformat.v4.new_code_cell("import minimoe; print(minimoe.__file__)")
+    notebook.cells.insert(0, where)
+    said = build.printed(build.run(notebook, empty))
+    assert said.startswith(str(installed)) and {*os.listdir(empty)} <= {".hypothesis"}
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", build.NAMES)
-def test_a_notebook_runs_and_its_exercises_tell_undone_from_solved(name):
-    said = build.printed(build.run(build.checked(build.answered(name), name)))
+def test_a_notebook_runs_anywhere_and_its_exercises_tell_undone_from_solved(
+    name, installed, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    notebook = build.checked(build.answered(name), name)
+    said = run_from(installed, notebook, tmp_path / "empty")
     titles = build.exercises(build.source(name))
     assert 3 <= len(titles) <= 6
     verdicts = re.findall(r"(exercise \d): (not yet|right)", said)
     assert verdicts == [(title, said) for title in titles for said in ("not yet", "right")]
+
+
+@pytest.mark.slow
+def test_the_first_hour_goes_on_where_nothing_was_written(installed, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    said = run_from(installed, build.source("00_first_hour"), tmp_path / "empty")
+    assert said.count(": not yet") == 3 and said.count("runs in its place") >= 3
 
 
 @pytest.mark.parametrize("name", build.NAMES)
@@ -370,30 +408,6 @@ def test_a_check_that_fails_stops_a_build_and_one_without_a_cell_too(tmp_path, m
     (tmp_path / "checks" / "00_x.py").write_text("# %% two\nassert x == 1\n")
     with pytest.raises(ValueError, match="00_x: the check two is of no cell"):
         build.checked(here, "00_x")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in HELD if not n.startswith(DEPTH)])
-def test_it_runs_from_a_wheel_in_an_empty_folder(name, tmp_path, monkeypatch):
-    pip, root = [sys.executable, "-m", "pip"], tmp_path / "source"
-    there, empty = tmp_path / "installed", tmp_path / "empty"
-    empty.mkdir()
-    # a copy, as pip leaves a folder in what it builds
-    shutil.copytree(TUTORIALS.parent / "minimoe", root / "minimoe")
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(TUTORIALS.parent / file, root)
-    subprocess.run([*pip, "wheel", str(root), "--no-deps", "-q", "-w", str(tmp_path)], check=True)
-    (wheel,) = tmp_path.glob("minimoe-*.whl")
-    install = [*pip, "install", "-q", "--no-deps", "--no-index", "--target", str(there), str(wheel)]
-    subprocess.run(install, check=True)
-    monkeypatch.setenv("PYTHONPATH", str(there))
-    notebook = build.source(name)
-    undone = len(build.exercises(notebook))
-    where = nbformat.v4.new_code_cell("import minimoe; print(minimoe.__file__)")
-    notebook.cells.insert(0, where)
-    said = build.printed(build.run(notebook, empty))
-    assert said.startswith(str(there)) and said.count(": not yet") == undone
-    assert os.listdir(empty) == []
 
 
 # For those who teach
