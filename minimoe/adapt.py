@@ -242,7 +242,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 def count(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters, of the adapters and of what trains beside them: "trainable" now;
     "stored", trainable and frozen; "read", those that one token's output depends on by value, also
-    to choose who speaks (Adapter.active); "speaking", those of keys and values whose rank has a
+    to choose among ranks (Adapter.active); "speaking", those of keys and values whose rank has a
     weight for one token, at most (Adapter.speaking)."""
     heads, layers = sum(t.numel() for t in beside(model).values()), list(adapters(model))
     return {

@@ -5,7 +5,7 @@ LoRA: Low-Rank Adaptation of Large Language Models. Hu et al., arXiv 2106.09685,
 The one equation, with every rank on at full weight:
 
     z = x Aᵀ                                what every rank sees
-    g = 1                                   every rank speaks
+    g = 1                                   every rank is added
     y = x W0ᵀ + scale · (g ⊙ z) B           what the ranks say
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.

@@ -1,4 +1,4 @@
-"""LoRA-MoE: whole LoRAs as experts, and a router that learns which of them speak.
+"""LoRA-MoE: whole LoRAs as experts, and a router that learns which of them to use.
 
 The linear form of MoE-Adapters4CL (Yu et al., arXiv 2403.11549), which MoRA is compared with.
 

@@ -136,7 +136,7 @@ ROSTER: dict[str, Entry] = {
     ),
     "flylora": Entry(
         "atlas",
-        "random sparse keys that are never trained; the largest answers speak",
+        "random sparse keys that are never trained; the largest products are used",
         schemes.flylora.FlyLoRA,
         settings={**TOY, "top_k": 2},
         tunes=RATES,
@@ -207,7 +207,7 @@ ROSTER: dict[str, Entry] = {
     ),
     "alone": Entry(
         "atlas",
-        "whole LoRAs trained alone; the one whose mean input is nearest speaks",
+        "whole LoRAs trained alone; the one whose mean input is nearest is used",
         schemes.alone.Alone,
         schemes.alone.AloneLearner,
         TOY,
@@ -329,7 +329,7 @@ ROSTER: dict[str, Entry] = {
     ),
     "arrow": Entry(
         "atlas",
-        "whole LoRAs trained alone; those whose strongest direction fits speak",
+        "whole LoRAs trained alone; those whose strongest direction fits are used",
         schemes.arrow.Arrow,
         settings={**TOY, "top_k": 1},
         tunes={**RATES, "top_k": (1, 2, 3)},
@@ -366,7 +366,7 @@ ROSTER: dict[str, Entry] = {
     ),
     "rank1_pool": Entry(
         "atlas",
-        "ranks that a batch votes for; of each task the most voted for speak on",
+        "ranks that a batch votes for; of each task the most voted for are used later",
         schemes.rank1_pool.Rank1Pool,
         settings={**TOY, "top_k": 6, "keep": 3},
         tunes={**RATES, "keep": (3, 6)},

@@ -333,8 +333,8 @@ def ambiguity(records: dict[str, Any]) -> float:
 def instability(records: dict[str, Any]) -> float:
     """Mean over old tasks j < J - 1 of turnover[J, j]: the share of what is said to an old input
     that other experts say than just after its task. In [0, 1]: 0 if nothing changed, 1 if no expert
-    that spoke then speaks now. At least what intrusion is: what is above it has moved among older
-    experts."""
+    that was used then is used now. At least what intrusion is: what is above it has moved among
+    older experts."""
     return _mean_of_known(_array(records, "turnover")[-1, :-1])
 
 

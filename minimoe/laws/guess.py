@@ -1,6 +1,6 @@
 """As if which step of the equation were another.
 
-A list of what is done wrong in gates, each as something that can be seen: who speaks, what a
+A list of what is done wrong in gates, each as something that can be seen: who is used, what a
 token's weights are multiplied by, or what its logits are. Said is what is true in every case that
 shows a difference.
 
@@ -107,10 +107,10 @@ def top(s: Tensor, k: int) -> Tensor:
 def of_choice(v: Sight) -> set[str]:
     block = v.layer.block
     wrong = {
-        "no rank speaks": torch.zeros_like(v.kept),
+        "no rank is used": torch.zeros_like(v.kept),
         "the choice is by size, not by sign": above(v, top(v.s.abs(), v.k)),
         "the smallest are kept": above(v, top(-v.s, v.k)),
-        "all ranks speak": torch.ones_like(v.kept),
+        "all ranks are used": torch.ones_like(v.kept),
         "one more is kept": above(v, top(v.s, v.k + block)),
         "one less is kept": above(v, top(v.s, v.k - block)),
         "r are kept, and not k": above(v, top(v.s, v.layer.rank)),
@@ -121,7 +121,7 @@ def of_choice(v: Sight) -> set[str]:
     true = {name for name, who in wrong.items() if torch.equal(v.mine, who)}
     if not v.training and torch.equal(v.mine, v.kept):
         true.add("there is no threshold")
-    # among the kept, whoever speaks scores more than whoever does not
+    # among the kept, who is used scores more than who is not
     least = torch.where(v.kept & v.mine, v.s, math.inf).amin(-1)
     most = torch.where(v.kept & ~v.mine, v.s, -math.inf).amax(-1)
     if bool((v.mine <= v.kept).all()) and bool((least > most).all()):
@@ -219,7 +219,7 @@ def wrong_slopes(v: Sight) -> dict[str, Numbers]:
         "scores are divided by the root of R": v.z.shape[1] ** -0.5,
         "scores are divided by the root of D": v.x.shape[1] ** -0.5,
         "x is normalised before it is scored": 1 / v.x.norm(dim=-1),
-        "all that speak weigh the same": 0.0,
+        "all that are used weigh the same": 0.0,
         "the smallest weigh most": -1.0,
     }
     if tau := v.settings.get("tau"):

@@ -118,7 +118,7 @@ def granularity(case: Case) -> None:
 
 
 def support(case: Case) -> None:
-    """At most top_k experts speak for a token, whatever top_k is.
+    """At most top_k experts have a weight for a token, whatever top_k is.
 
     The promise of sparsity: what a token costs does not grow with the tasks. On the first task
     there are often fewer experts than top_k: then it keeps all, and that must be no error."""
@@ -128,7 +128,7 @@ def support(case: Case) -> None:
             w = expert_weights(case, case.layer(top_k=top_k))
             most = int((w != 0).sum(-1).max())
             if most > min(top_k, E):
-                raise Broken(f"{most} of {E} experts speak for one token")
+                raise Broken(f"{most} of {E} experts have a weight for one token")
 
 
 def simplex(case: Case) -> None:

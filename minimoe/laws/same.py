@@ -9,9 +9,9 @@ kernel is; or any nn.Module, by a `Mapped`: how one is built, and which of its t
 Both get the same settings, tasks and values, and are compared in this order:
 
     rows        mine has theirs' tensors, of the same sizes after as many tasks; which are born 0
-    chosen      which ranks speak for a token, in training
+    chosen      which ranks are used for a token, in training
     weights     g of each, in training
-    pruned      who speaks in evaluation, and how loud
+    pruned      which are used in evaluation, at which weight
     y           the output, of tokens in any shape, and of none; of tiny, zero, huge and nan ones
     gradients   by x and by all that learns, of tokens and of samples
     counts      of adapters: gate(), what is left beside y, after_step(), active(), speaking()
@@ -94,18 +94,18 @@ def alike(pair: Pair, mine: Mapping[str, Tensor], when: str) -> None:
 
 
 def chosen(pair: Pair) -> None:
-    """The same ranks speak for each token, in training."""
+    """The same ranks are used for each token, in training."""
     theirs, mine, _ = pair.gates()
     ours, others = pair.speak(theirs), pair.speak(mine)
     # what is nearly nothing may be rounding, of mine or of a weight of theirs
     clear = pair.speak(theirs, loud=True) | pair.speak(mine, loud=True)
     for t in ((ours != others) & clear).any(-1).nonzero().flatten().tolist():
         named = [c[t].nonzero().flatten().tolist() or "none" for c in (others, ours)]
-        raise Broken(f"for token {t} ranks {named[0]} speak, theirs: {named[1]}")
+        raise Broken(f"for token {t} ranks {named[0]} are used, theirs: {named[1]}")
 
 
 def weights(pair: Pair) -> None:
-    """Each that speaks has the same weight, in training."""
+    """Each that is used has the same weight, in training."""
     theirs, mine, z = pair.gates()
     off = (mine - theirs).abs() - pair.within * (theirs.abs().amax(-1, keepdim=True) + 1e-3)
     if off.max() > 0:
@@ -115,7 +115,7 @@ def weights(pair: Pair) -> None:
 
 
 def pruned(pair: Pair) -> None:
-    """The same ranks speak in evaluation, and weigh the same."""
+    """The same ranks are used in evaluation, at the same weights."""
     chosen(pair)
     weights(pair)
 

@@ -64,8 +64,8 @@ def nudge(layer: Adapter, experts: Iterable[int], delta: float) -> Any:
 
         l_e <- l_e - delta    for e not in S
 
-    which is l_e + delta in S to a softmax; at inf only S speak. Bandarkar et al., 2510.04694, take
-    for S what a task uses in one domain more than text in general does (reconstructed from the
+    which is l_e + delta in S to a softmax; at inf only S are used. Bandarkar et al., 2510.04694,
+    take for S what a task uses in one domain more than text in general does (reconstructed from the
     abstract): (use(layer, task) - use(layer, general)).topk(n).indices. No file holds this.
 
     Raises ValueError if there is no router (MoRA's logits are what ranks see), if delta < 0, or for

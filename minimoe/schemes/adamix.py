@@ -22,7 +22,7 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E expert
 x (..., D), W0 (O, D), A (R, E, D) keys, of which A_e (R, D) are one expert's, B (R, O) values.
 
 Life (`AdaMixLearner`): every task trains the same experts, without growth, as in lora.py. A layer
-that grows freezes a task's experts, which speak on by their mean.
+that grows freezes a task's experts, whose mean is added from then on.
 
 Departures: the paper trains one task. Its weight of the loss is 1 for classifiers, 100 for texts.
 """

@@ -1,4 +1,4 @@
-"""AdaMoE: a router over whole LoRAs chooses who speaks; a second one adds to how loud.
+"""AdaMoE: a router over whole LoRAs chooses; a second one adds to the weights.
 
 Expertise need not monopolize: Action-Specialized Mixture of Experts for Vision-Language-Action
 Learning. Shen et al., arXiv 2510.14300.

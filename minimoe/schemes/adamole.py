@@ -1,4 +1,4 @@
-"""AdaMoLE: a router over whole LoRAs; each token sets how likely an expert must be to speak.
+"""AdaMoLE: a router over whole LoRAs; each token sets how likely an expert must be to be used.
 
 AdaMoLE: Fine-Tuning Large Language Models with Adaptive Mixture of Low-Rank Adaptation Experts. Liu
 and Luo, arXiv 2405.00361.
@@ -7,7 +7,7 @@ The one equation, with one weight per block of ranks, and a threshold in place o
 
     z = x Aᵀ
     p = softmax(x Wᵀ)
-    θ = sigmoid(x vᵀ + b) / E               below 1 / E: one expert speaks, at least
+    θ = sigmoid(x vᵀ + b) / E               below 1 / E: one expert is used, at least
     w = [p - θ]₊ / Σ over experts of [p - θ]₊
     g = w_e for each rank of expert e
     y = x W0ᵀ + scale · (g ⊙ z) B
@@ -36,7 +36,7 @@ from ..sparse import TINY, widened
 
 
 class Thresholded(LoRAMoE):
-    """A router that gives each expert a weight, which may be 0: how many speak is the rule's to
+    """A router that gives each expert a weight, which may be 0: how many are used is the rule's to
     say, not a top k's. A subclass gives the `weights`. Parameters: R (D + O) + E D, all active."""
 
     claims = replace(LoRAMoE.claims, top_k=False, active_at_most=True)

@@ -4,7 +4,7 @@ The simplest mixture of LoRAs: no gate is trained, and none is in the way while 
 choice is that of a nearest class mean (as in iCaRL, Rebuffi et al., arXiv 1611.07725), with a
 layer's inputs for features and tasks for classes.
 
-The one equation, with one whole LoRA that speaks for a token:
+The one equation, with one whole LoRA for a token:
 
     z = x Aᵀ
     e = the last, in training               the one that the task trains
@@ -40,8 +40,8 @@ from ..sparse import widened
 
 
 class TrainedAlone(Adapter):
-    """A LoRA trains as if it were the only one; in evaluation `route` says who speaks. Parameters:
-    R (D + O); active in training, r (D + O)."""
+    """A LoRA trains as if it were the only one; in evaluation `route` says which is used.
+    Parameters: R (D + O); active in training, r (D + O)."""
 
     claims = Claims(zero_at_birth=True, granularity="token", expert="block", simplex=True)
 
@@ -65,7 +65,7 @@ class TrainedAlone(Adapter):
 
 
 class Alone(TrainedAlone):
-    """Whole LoRAs, the one with the nearest mean speaks. Parameters: R (D + O) + E D; active,
+    """Whole LoRAs, the one with the nearest mean is used. Parameters: R (D + O) + E D; active,
     r (D + O), and in evaluation E D more."""
 
     buffer_rows = ("mean",)
@@ -105,7 +105,7 @@ class AloneLearner(AdapterLearner):
 
         pairs = list(zip(layers, sums, strict=True))
         for layer in layers:
-            layer.train()  # the live experts speak; the rest of the model is as at test
+            layer.train()  # the live experts are used; the rest of the model is as at test
         show(self, stream.tasks[t], {layer: partial(add, total) for layer, total in pairs})
         for layer, total in pairs:
             layer.eval()

@@ -1,4 +1,4 @@
-"""Arrow: LoRAs trained alone; those whose strongest direction an input lies along speak.
+"""Arrow: LoRAs trained alone; those whose strongest direction an input lies along are used.
 
 Towards Modular LLMs by Building and Reusing a Library of LoRAs. Ostapenko et al., arXiv 2405.11157.
 

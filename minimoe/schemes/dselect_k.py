@@ -13,8 +13,8 @@ The one equation, with one weight per block of ranks, from k selectors of m bits
     g = w_e for each rank of expert e
     y = x W0ᵀ + scale · (g ⊙ z) B
 
-Where all bits are 0 or 1, k experts speak, at most. Of the numbers of m = ⌈log2 E⌉ bits some may be
-nobody's; their weight is lost. So in training
+Where all bits are 0 or 1, k experts are used, at most. Of the numbers of m = ⌈log2 E⌉ bits some may
+be nobody's; their weight is lost. So in training
 
     loss = mean over tokens of Σ_j (1 / Σ_e s_je - 1)       0 if E = 2^m
 

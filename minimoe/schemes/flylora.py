@@ -1,4 +1,4 @@
-"""FlyLoRA: keys that are random, sparse and never trained; the largest answers speak.
+"""FlyLoRA: keys that are random, sparse and never trained; the largest products are used.
 
 FlyLoRA: Boosting Task Decoupling and Parameter Efficiency via Implicit Rank-Wise Mixture-of-
 Experts. Zou et al., arXiv 2510.08396.

@@ -18,8 +18,8 @@ moves (5 % of the squares at first), and what deeper layers are given has moved.
 Axes: r ranks per task, D in, O out, J tasks. A (R, D) keys, B (R, O) values, P (D, D).
 
 Life (`InfLoRALearner`): one task trains the values of r new ranks, with keys placed by `place`; all
-older ones are frozen, and speak on. At a task's end `remember`. Until a task is placed its keys are
-LoRA's.
+older ones are frozen, and still added. At a task's end `remember`. Until a task is placed its keys
+are LoRA's.
 
 Departures: P is kept, where the authors keep M, or its complement where that is smaller. Of the
 first task their code takes one direction less. A direction that no input of the task has outside M

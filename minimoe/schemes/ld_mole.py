@@ -13,7 +13,7 @@ et al., arXiv 1810.11975):
     y = x W0ᵀ + scale · (g ⊙ z) B
 
 λ near 1 leaves one expert, λ = 0 is sparsemax, and λ → -∞ weighs all the same. With l_(1) the
-largest logit, at most k experts speak iff λ >= λ_k; so in training there can be
+largest logit, at most k experts are used iff λ >= λ_k; so in training there can be
 
     λ_k = 1 - Σ over i <= k of (l_(i) - l_(k+1))          no gradient goes through it
     loss = sparsity · mean over tokens of [λ_k - λ]₊

@@ -3,7 +3,7 @@
 Mixture-of-LoRAs: An Efficient Multitask Tuning for Large Language Models. Feng et al., arXiv
 2403.03432. (Reconstructed from summaries.)
 
-The one equation, with one whole LoRA that speaks for a sample:
+The one equation, with one whole LoRA for a sample:
 
     z = x Aᵀ
     m = mean over the sample's tokens of x, padding left out

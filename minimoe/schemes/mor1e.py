@@ -14,7 +14,7 @@ The one equation, with weights of two kinds, one per token and one per sample:
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept, F width
 of an embedding. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, W (R, D) router, C (R, F)
-centres, e (B, F), w1 and w2 (1,); each rank is an expert: E = R, and all speak.
+centres, e (B, F), w1 and w2 (1,); each rank is an expert: E = R, and all are used.
 
 W, w1 and w2 are 0 at first, so g = 1/2 · (1/2 + 2 c): the router's part sums to R · o.
 

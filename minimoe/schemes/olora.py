@@ -12,7 +12,7 @@ directions that older tasks' keys read.
 
 Axes: R ranks in all, r ranks per task, D in, O out. A (R, D) keys, B (R, O) values.
 
-Life: one task trains r new ranks; all older ones are frozen, and speak on.
+Life: one task trains r new ranks; all older ones are frozen, and still added.
 
 Departures: the authors' code sums |A_i · A_j|, which the paper does not: this is the paper's form.
 The paper's second penalty, on the size of the new keys, is left out, as its coefficient is 0 in

@@ -12,7 +12,7 @@ The one equation, in which a task's keys and values are means of S skills', and 
     g = 1 for each rank of the task t that the sample is said to be of, 0 elsewhere
     y = x W0ᵀ + scale · (g ⊙ z) B
 
-So a skill's keys speak to another's values: an update is Σ_su α_s α_u (x A'_sᵀ) B'_u, where one of
+So a skill's keys meet another's values: an update is Σ_su α_s α_u (x A'_sᵀ) B'_u, where one of
 whole LoRAs has s = u alone. In training a weight is drawn anew for each sample:
 
     α_t ∝ sigmoid(Z_t + noise · (ln U - ln(1 - U)))     U uniform in (0, 1)

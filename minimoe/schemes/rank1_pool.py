@@ -26,8 +26,9 @@ Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E tasks,
 kept live ones. x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, V (r, D). An x of three axes
 or more is (samples, tokens..., D); of two or one, each row is a sample.
 
-Life: one task trains r new ranks; older ones are frozen, of which `keep` a task speak on. (The
-authors add those to W0, which here stays the model's own, and drop the others: the same function.)
+Life: one task trains r new ranks; older ones are frozen, of which `keep` a task are still used.
+(The authors add those to W0, which here stays the model's own, and drop the others: the same
+function.)
 
 Departures: V is drawn anew for each task in the authors' code, and has a bias. Their loss is the
 mean over layers of sums. Ties go to the first rank. No dropout.

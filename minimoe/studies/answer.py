@@ -30,7 +30,7 @@ WHY = """\
 ## Why
 
 Of MoRA's gate one part at a time is changed (`minimoe study why`), at equal numbers of ranks that
-speak: 16, but for the last line. Three changes bring another with them: a cosine router's scores
+are used: 16, but for the last line. Three changes bring another with them: a cosine router's scores
 are normalised in its own way, raw scores have a tau of their own (.3 and 3 were tried too, on
 another processor, which moved the means at 1 by up to .010), and a whole LoRA scores ‖z‖, which has
 no sign, and its 8 ranks share a weight. Positive: as MoRA has it is better. Settings are the

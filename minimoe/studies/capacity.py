@@ -9,8 +9,8 @@ Mixture of Parrots: Experts improve memorization more than reasoning. Jelassi et
                                     share explained on other inputs
 
 Both train with the same number of steps, on one linear layer with W0 = 0, beside which R ranks are
-stored and K of them speak for an input: those of MoRA, or single ranks under LoRA-MoE's router. All
-R are live at once. At R = K all ranks speak for all inputs.
+stored and K of them are used for an input: those of MoRA, or single ranks under LoRA-MoE's router.
+All R are live at once. At R = K all ranks are used for all inputs.
 
 By algebra one linear map of K ranks explains K / Q of the reasoning: what a gate adds is all above
 that. It is no limit of a gate, as each region of inputs may have K ranks of its own; but in Q
@@ -22,7 +22,8 @@ delta: of 512 scores whose norm is 1 nearly none would reach it.
 
 Axes: N inputs, D in, O out, R ranks in all, r = 8 ranks at birth, K kept, Q rank of the teacher.
 Departures: the papers train transformers, and let them reason in graphs, in mathematics and in
-words. Here reasoning is one linear rule for all inputs, wider than what speaks for any one of them.
+words. Here reasoning is one linear rule for all inputs, wider than what is used for any one of
+them.
 """
 
 from collections.abc import Sequence
@@ -203,7 +204,7 @@ def claims(rows: Rows) -> list[Claim]:
 
 
 STUDY = Study(
-    asks="Do ranks that are stored and do not speak help to remember, or to reason?",
+    asks="Do ranks that are stored and not used help to remember, or to reason?",
     cells=cells,
     measure=measure,
     columns={"score": "score", "stored": "stored", "speaking": "speaking"},

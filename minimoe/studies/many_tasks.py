@@ -12,8 +12,8 @@ rotations come first, and which is left, the seed draws; those of a smaller n ar
 larger one. The same ranks learn in both stages, and nothing is frozen between them.
 
     lora            8 ranks
-    lora_moe        32 ranks, 8 LoRAs of which 2 speak: 8 ranks
-    mora            32 ranks, of which 8 speak
+    lora_moe        32 ranks, 8 LoRAs of which 2 are used: 8 ranks
+    mora            32 ranks, of which 8 are used
     lora, = stored  32 ranks: as much stored as those two, four times as much speaking
 
 The paper's: without such tuning (n = 0; the nearest with one task, n = 1) a mixture does worse than

@@ -63,7 +63,7 @@ def by_size(model: Any, stream: Any, **settings: Any) -> Learner:
 
 
 def of_blocks(model: Any, stream: Any, **settings: Any) -> Learner:
-    """MoRA of whole LoRAs: a task's block is one expert, and scores ‖z_e‖ / ‖z‖; two speak."""
+    """MoRA of whole LoRAs: a task's block is one expert, and scores ‖z_e‖ / ‖z‖; two are used."""
     return AdapterLearner(model, Factored, grain="block", **{**settings, "top_k": 2})
 
 

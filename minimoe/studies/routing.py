@@ -33,8 +33,8 @@ def arms() -> dict[str, Cell]:
     layers, ranks store 2 r a task and a router one row of 1 per expert. So 9 self-activated ranks
     store 18 a task, 6 ranks with a row each 6 · 3 = 18, and a LoRA of 9 with its row 19.
 
-    What they compare at equal cost is what speaks for a token: 9 ranks, or 27. A router over LoRAs
-    with 81 speaks nine times as much, and is shown because it does better than with 27.
+    What they compare at equal cost is what is used for a token: 9 ranks, or 27. A router over LoRAs
+    with 81 uses nine times as much, and is shown because it does better than with 27.
     """
 
     def moe(rank: int, top_k: int, experts: int = 1, balance: float = 0.0) -> Cell:

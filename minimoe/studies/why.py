@@ -14,7 +14,7 @@ is what it is, have several tau.
     no gradient through w                detach
 
 MoRA is self, rank, norm; LoRA-MoE is linear, block, no norm, tau 1. A task has 8 ranks, and 16
-speak in every arm that does not say otherwise: the arms differ in who speaks and not in how many.
+are used in every arm that does not say otherwise: the arms differ in which, not in how many.
 A router's rows are stored besides; the arms "= stored" have fewer ranks, so that they store what
 MoRA does, to 6 %. Weights sum to 1 over ranks, and to 1 over blocks of 8: hence the arm "scale 8".
 """

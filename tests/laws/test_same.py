@@ -162,7 +162,7 @@ WRONG = {
     "the norm is over the kept ranks only": ("weights", {"norm of kept": True}),
     "the softmax is over all, before the top k": ("weights", {"before": True}),
     "z / ‖z‖ is said, not z": ("weights", {"said": True}),
-    "all that speak weigh the same": ("weights", {"weights": lambda w: 0 * w + 1 / w.shape[-1]}),
+    "all that are used weigh the same": ("weights", {"weights": lambda w: 0 * w + 1 / w.shape[-1]}),
     "weights are given to other ranks than theirs": ("weights", {"weights": lambda w: w.flip(-1)}),
     "the update is divided by scale": ("weights", {"scale": lambda scale: 1.0}),
     "the update is multiplied by scale": ("weights", {"scale": lambda scale: scale**2}),
