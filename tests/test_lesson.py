@@ -407,7 +407,7 @@ def test_a_wrong_value_is_shown_its_case_and_told_its_slip(capsys):
     with exercise("2"):
         expect("D = 4, O = 6", 10, 24, slips=slips)
     with exercise("2"):
-        expect("D = 4, O = 6", None, (24, 0.5), slips=slips)
+        expect("D = 4, O = 6", None, (24, np.float64(0.5)), slips=slips)
     assert capsys.readouterr().out.splitlines() == [
         "exercise 2: not yet",
         "  case      D = 4, O = 6",

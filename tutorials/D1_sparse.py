@@ -1,15 +1,29 @@
 # %% [markdown]
-# # The sparse product: from a masked GEMM to a gather to Triton, and where each pays
+# # The sparse product: which work can be left out
 #
-# A gate that keeps K of R ranks leaves a matrix that is nearly all zeros. This notebook computes
-# with it in five ways that give the same numbers, counts what each costs, and measures where the
-# sparse one is faster, and where the dense one is.
+# **Goals.** At the end you can
 #
-# Before this: notebook 01. A quarter of a minute on a laptop; nothing is trained.
+# 1. write a product of few chosen rows as a gather, and its gradient to these rows;
+# 2. count what a product multiplies and moves, and compare the count with a measured time;
+# 3. say which part of a MoRA layer has to be computed, and what leaving out the rest gains.
+#
+# **Time.** 60 minutes, in class or at home, of which the computer needs half a minute.
+# **You need** notebook 03, and the gradient of a matrix product. A GPU is used where there is one.
+
+# %% install
+from importlib.util import find_spec
+
+from IPython import get_ipython
+
+SOURCE = "minimoe-0.1.0-py3-none-any.whl"  # the teacher sets it: a wheel, or git+URL@TAG
+NEEDED = "torch numpy matplotlib sklearn safetensors hypothesis joblib pydantic scipy tqdm "
+NEEDED += "typing_extensions"
+if find_spec("minimoe") is None:
+    get_ipython().run_line_magic("pip", f"install -q --no-deps {SOURCE}")
+missing = [name for name in NEEDED.split() if find_spec(name) is None]
+print(*missing, "to be installed (sklearn: scikit-learn)" if missing else "nothing is missing")
 
 # %%
-import importlib.util
-import json
 import os
 import statistics
 import subprocess
@@ -17,9 +31,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from torch.nn.functional import embedding_bag
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,235 +39,93 @@ from torch.utils.flop_counter import FlopCounterMode
 import minimoe
 from minimoe import MoRA
 from minimoe.bench import Clock, DenseMasked, rounds
-from minimoe.sparse import (
-    CROSSOVER,
-    SMALL,
-    is_plain,
-    rank_scores,
-    rank_sparse,
-    sddmm,
-    spmm,
-    spmm_t,
-    top_scores,
-)
+from minimoe.lesson import claim, expect, figures, numbers, predict
+from minimoe.sparse import CROSSOVER, SMALL, rank_sparse, spmm, top_scores
 from minimoe.tools.exercise import exercise
-from minimoe.tools.plots import COLOURS, MARKERS, draw_growth
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
 torch.manual_seed(0)
-plt.rcParams["figure.dpi"] = 80
-plt.rcParams["figure.constrained_layout.use"] = True
 
-
-def close(a, b):
-    """Equal to rounding, in float64."""
-    return a.shape == b.shape and bool((a - b).abs().max() < 1e-10)
-
+# %% picture alt="Five boxes in a row: x, z, s, g, y. z and y are marked as today's."
+figures.equation(today="zy")
 
 # %% [markdown]
-# ## One product
+# The steps of every notebook. Today is about what the two products cost: z = x Aᵀ, and (g ⊙ z) B
+# when most of g is 0.
+
+# %% [markdown]
+# ## 1. One product (9 min)
 #
-# Of R ranks each token keeps K. Call `idx[t, k]` the ranks that token t keeps, and `v[t, k]` what
-# each of them says (its gate times what it sees). The update is
+# A layer reads T **tokens**, that is, vectors. It has R **ranks** in all: of each the **key** is a
+# row of A, which is multiplied with the input, and the **value** a row of B, which is added to the
+# output. The **gate** gives each rank a weight, and keeps K of the R: the others get weight 0.
 #
-#     y[t] = Σ_k  v[t, k] · B[idx[t, k]]        B (R, O), one row per rank
+# Call `idx[t, k]` the ranks that token t keeps, and `v[t, k]` the weight of each times its z. The
+# **update**, which is added to the output of a **frozen** layer, one that is not trained, is
 #
-# or, with a matrix H (T, R) that holds `v` at `idx` and zeros elsewhere, y = H B. A masked dense
-# layer stores H. Letters as everywhere in the package: T tokens, D in, O out, R ranks in all, K
-# kept.
+#     y[t] = Σ_k  v[t, k] · B[idx[t, k]]          B (R, O)
+#
+# With `v` written at `idx` in a matrix H (T, R) of zeros, this is y = H B. The usual code makes H,
+# multiplies, and so computes with all the zeros: a GEMM, a dense product of two matrices.
+
+# %% small alt="A matrix of 4 tokens by 6 ranks. Each row has two numbers that are not zero."
+v = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.8, 0.2]])
+idx = torch.tensor([[0, 3], [3, 5], [1, 2], [3, 1]])
+H = torch.zeros(4, 6).scatter(1, idx, v)
+down, across = ([f"{what} {i}" for i in range(n)] for what, n in (("token", 4), ("rank", 6)))
+figures.matrix(H, "H: K = 2 of R = 6 ranks for each token", down, across)
+
+# %% [markdown]
+# 8 of the 24 numbers are not 0. Token 0 keeps ranks 0 and 3. Rank 3 is kept by three tokens, rank 4
+# by none.
+#
+# **Complete.** The product without H. `rows` is `B[idx]`, (T, K, O): the K rows that each token
+# keeps. Weight them with `v` (T, K), add, and return y (T, O).
+#
+# <details><summary>Hint</summary>
+# <code>v[..., None]</code> is (T, K, 1), and multiplies all O numbers of a row.
+# </details>
+
+
+# %% exercise 1
+def gathered(v, rows):
+    raise NotImplementedError
+
 
 # %%
-T, R, K, O = 48, 64, 4, 32
-wide = {"device": device, "dtype": torch.float64}
-idx = torch.rand(T, R, device=device).topk(K).indices  # K different ranks for each token
-v = torch.randn(T, K, **wide)
-B = torch.randn(R, O, **wide)
-
-H = torch.zeros(T, R, **wide).scatter(1, idx, v)
-y = H @ B
-
-assert int((H != 0).sum()) == T * K and bool((y != 0).all())  # of T · R; of T · O
-assert close(y, torch.stack([sum(v[t, k] * B[idx[t, k]] for k in range(K)) for t in range(T)]))
-
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.7), width_ratios=[1.6, 1])
-shown = H.abs().cpu()
-left.imshow(shown, cmap="cividis", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-left.set(xlabel="rank", ylabel="token", title=f"H: {K} of {R} in a row are not zero")
-right.imshow(y.abs().cpu(), cmap="cividis", vmin=0, vmax=6, aspect="auto", interpolation="nearest")
-right.set(xlabel="output", ylabel="token", title="y = H B has no zeros")
-plt.show()
+with exercise("1"):
+    for T, R, K, O in ((2, 4, 3, 2), (3, 5, 1, 3), (1, 3, 2, 1)):
+        idx, B = torch.rand(T, R).topk(K).indices, torch.randint(1, 9, (R, O)).float()
+        v, rows = torch.randint(2, 9, (T, K)).float(), B[idx]
+        each, want = v[..., None] * rows, embedding_bag(idx, B, per_sample_weights=v, mode="sum")
+        slips = {
+            "The weights v are left out.": rows.sum(1),
+            "The K rows of a token are to be added: this is their mean.": each.mean(1),
+            "The sum is over tokens: add over the K rows of each token, dim 1.": each.sum(0),
+            "The K weighted rows of a token are not added yet.": each,
+            "v @ rows takes every token's v with every token's rows.": v @ rows,
+        }
+        expect(f"v = {v.tolist()}, rows = {rows.tolist()}", gathered(v, rows), want, slips=slips)
 
 # %% [markdown]
-# ## Five paths, the same numbers
-#
-# `rank_sparse(v, idx, frozen, live, path)` is that product; B comes in two parts, rows of finished
-# tasks and rows in training. `path` says how it is computed, and changes nothing else:
+# That is a gather: read the chosen rows, and add them. Torch has it as one call, an **embedding
+# bag**: a weighted sum of chosen rows of a table. `rank_sparse(v, idx, frozen, live, path)` is the
+# package's product. B comes in two parts, frozen rows and **live** ones, which are in training.
+# `path` says how it is computed:
 #
 # | path | what it does | multiply-adds |
 # |---|---|---|
-# | `plain` | scatter v into H, one GEMM; its backward is autograd's | T·R·O |
-# | `dense` | the same; its backward is the products of the next section | T·R·O |
-# | `gather` | read the K chosen rows of each token, weight and add them | T·K·O |
-# | `compact` | dense, over only the ranks that some token chose | T·(ranks used)·O |
-# | `triton` | as gather, in a kernel of its own, for a GPU | T·K·O |
+# | `plain` | makes H, one GEMM; its backward pass is autograd's | T·R·O |
+# | `dense` | the same; its backward pass is that of section 2 | T·R·O |
+# | `gather` | an embedding bag | T·K·O |
+# | `compact` | as dense, over the ranks that some token keeps | T·(ranks used)·O |
+# | `triton` | as gather, in our own kernel, for a GPU | T·K·O |
 #
-# Gather is one call of torch. An *embedding bag* is a sum of weighted rows of a table, the same
-# equation: rows `idx[t]` of B, weights `v[t]`.
-
-# %%
-frozen, live = B[:48], B[48:]
-for path in ("plain", "dense", "gather", "compact"):
-    assert close(rank_sparse(v, idx, frozen, live, path), y), path
-assert close(embedding_bag(idx, B, per_sample_weights=v, mode="sum"), y)
-
-# a rank named twice counts twice; one that is to say nothing has v = 0, and needs no branch
-twice = torch.tensor([[7, 7, 3]], device=device)
-values = torch.tensor([[1.0, 2.0, 0.0]], **wide)
-assert close(rank_sparse(values, twice, frozen, live, "gather"), 3 * B[7:8])
-
-# %% [markdown]
-# ## The same product on a GPU, in tiles
-#
-# Triton compiles Python functions to GPU kernels. A kernel is written for one *program*, and
-# thousands of programs run side by side. Each computes one *tile* of the output, here a few tokens
-# and a few columns, and nobody else writes there: so nothing has to be locked, and the sums have
-# one order. A tile has a fixed size; where it hangs over the edge it is *masked*, that is, cut off.
-# With tensors of torch in place of Triton's, one program after another:
-
-# %%
-TOKENS, COLUMNS = 5, 12  # of a tile; 48 tokens and 32 columns are no multiples of these
+# Torch counts the multiply-adds of its matrix products (two FLOPs each).
 
 
-def program(i, j):
-    """The tile of y in place (i, j) of the grid."""
-    t = i * TOKENS + torch.arange(TOKENS, device=device)
-    o = j * COLUMNS + torch.arange(COLUMNS, device=device)
-    t, o = t[t < T], o[o < O]  # masked
-    total = torch.zeros(len(t), len(o), **wide)
-    for k in range(K):
-        row = idx[t, k]  # one row of B for each token of the tile
-        total += v[t, k, None] * B[row[:, None], o[None, :]]
-    tiles[t[:, None], o[None, :]] = total
-
-
-tiles = torch.full_like(y, torch.nan)
-for j in range(-(-O // COLUMNS)):  # a strip of columns at a time: its part of B stays in a cache
-    for i in range(-(-T // TOKENS)):
-        program(i, j)
-assert close(tiles, y)
-
-# %% [markdown]
-# This is the kernel, all of it, with what it computes and moves in its docstring. In place of
-# `idx[t, k]` stands an address, `idx + t * K + k`: `tl.load` reads there, unless the mask says no,
-# and `tl.store` writes. A rank that B does not have is masked too.
-
-# %%
-source = Path(minimoe.__file__).with_name("kernels.py").read_text(encoding="utf-8")
-start = source.index("@triton.jit\ndef spmm_kernel")
-print(source[start : source.index("\n\n\n", start)])
-
-# %% [markdown]
-# `dots_kernel` beside it is `sddmm`, the second product of the next section; `row_kernel` finds in
-# one look over a token's scores the k largest and the norm, which torch does in several. Without a
-# GPU, Triton's interpreter runs the same source on the CPU: slow, and the same sums.
-# `TRITON_INTERPRET` must be set before triton is imported: it gets a process of its own.
-
-# %%
-TRY = """
-import sys, torch
-from minimoe.sparse import rank_sparse, sddmm
-torch.manual_seed(0)
-T, R, K, O, wide = 12, 24, 3, 17, {"dtype": torch.float64, "device": sys.argv[1]}
-idx = torch.rand(T, R, device=sys.argv[1]).topk(K).indices
-v, B, g = torch.randn(T, K, **wide), torch.randn(R, O, **wide), torch.randn(T, O, **wide)
-y = [rank_sparse(v, idx, B[:8], B[8:], path) for path in ("triton", "dense")]
-s = [sddmm(idx, g, B[:8], B[8:], path) for path in ("triton", "dense")]
-gap = max((a - b).abs().max().item() for a, b in (y, s))
-print("triton and dense differ by", "less than 1e-10" if gap < 1e-10 else gap)
-"""
-if importlib.util.find_spec("triton"):
-    interpret = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", TRY, device],
-        env=os.environ | interpret,
-        capture_output=True,
-        text=True,
-    )
-    print((run.stdout or run.stderr).strip())
-    assert "less than 1e-10" in run.stdout
-else:
-    print("triton is not installed here, so its path is not tried; on Linux: pip install triton")
-
-# %% [markdown]
-# ## Three products are enough for training
-#
-# Of y = H B one needs the gradient to `v` and to B. With g = dloss/dy these are
-#
-# | product | equation | dense form |
-# |---|---|---|
-# | `spmm` | y[t] = Σ_k v[t, k] · B[idx[t, k]] | H B |
-# | `sddmm` | s[t, k] = g[t] · B[idx[t, k]] | (g Bᵀ) at idx |
-# | `spmm_t` | d[i] = Σ v[t, k] · g[t] over all (t, k) with idx[t, k] = i | Hᵀ g |
-#
-# and the gradients of each of the three are the other two. So nothing else has to be written, not
-# for the forward, not for the backward, and not for a gradient of a gradient.
-
-
-# %%
-def grads(output, inputs, gradient):
-    return torch.autograd.grad(output, inputs, gradient)
-
-
-def masked(v):
-    return torch.zeros(T, R, **wide).scatter(1, idx, v)
-
-
-none = B[:0]  # no frozen rows
-a, b = v.clone().requires_grad_(), B.clone().requires_grad_()
-c = torch.randn(T, O, **wide).requires_grad_()
-G, S, Z = torch.randn(T, O, **wide), torch.randn(T, K, **wide), torch.randn(R, O, **wide)
-
-for path in ("dense", "gather", "compact"):
-    # spmm: to v an sddmm, to B an spmm_t
-    dv, dB = grads(masked(a) @ b, (a, b), G)  # autograd, of the dense form
-    assert close(sddmm(idx, G, none, B, path), dv)
-    assert close(spmm_t(idx, v, G, 0, R, path), dB)
-    for mine, dense in zip(grads(spmm(idx, a, none, b, path), (a, b), G), (dv, dB), strict=True):
-        assert close(mine, dense)
-
-    # sddmm: to g an spmm, to B an spmm_t
-    dg, dB = grads((c @ b.T).gather(1, idx), (c, b), S)
-    assert close(spmm(idx, S, none, B, path), dg)
-    assert close(spmm_t(idx, S, c.detach(), 0, R, path), dB)
-    for mine, dense in zip(grads(sddmm(idx, c, none, b, path), (c, b), S), (dg, dB), strict=True):
-        assert close(mine, dense)
-
-    # spmm_t: to v an sddmm, to g an spmm
-    dv, dg = grads(masked(a).T @ c, (a, c), Z)
-    assert close(sddmm(idx, c.detach(), none, Z, path), dv)
-    assert close(spmm(idx, v, none, Z, path), dg)
-    both = grads(spmm_t(idx, a, c, 0, R, path), (a, c), Z)
-    for mine, dense in zip(both, (dv, dg), strict=True):
-        assert close(mine, dense)
-
-# rank_scores is sddmm for a gate: what the kept ranks see, z[t, k] = x[t] · A[idx[t, k]]
-x, A = torch.randn(T, 20, **wide), torch.randn(R, 20, **wide)
-for path in ("plain", "gather"):
-    assert close(rank_scores(x, idx, A[:48], A[48:], path), (x @ A.T).gather(1, idx))
-
-# frozen rows get no gradient, and none is computed: spmm_t is asked for the live ranks only
-F = 48
-assert close(spmm_t(idx, v, G, F, R, "gather"), spmm_t(idx, v, G, 0, R, "dense")[F:])
-
-# %% [markdown]
-# ## Counting
-#
-# A multiply-add is two FLOPs. Torch counts those of its matrix products, so that a formula can be
-# held against what runs.
-
-
-# %%
+# %% counted
 def counted(f):
     """Multiply-adds of the matrix products in a call."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -263,205 +133,311 @@ def counted(f):
     return counter.get_total_flops() // 2
 
 
-assert counted(lambda: H @ B) == T * R * O
+# %% paths
+T, R, K, O = 48, 64, 4, 32
+wide = {"device": device, "dtype": torch.float64}
+idx = torch.rand(T, R, device=device).topk(K).indices
+v, B = torch.randn(T, K, **wide), torch.randn(R, O, **wide)
+H = torch.zeros(T, R, **wide).scatter(1, idx, v)
+ways = {p: rank_sparse(v, idx, B[:48], B[48:], p) for p in ("plain", "dense", "gather", "compact")}
+apart = max((y - H @ B).abs().max().item() for y in ways.values())
+claim("Four paths differ from H B by at most 1e-10", apart, apart < 1e-10)
+print(f"H B: {counted(lambda: H @ B):,} multiply-adds; T·R·O {T * R * O:,}, T·K·O {T * K * O:,}")
 
 # %% [markdown]
-# Less arithmetic is not yet less time. For each number that a GEMM fetches it does many
-# multiply-adds; a gather does one. *Arithmetic intensity* is FLOPs per byte moved. With float32 and
-# int64 indices, and each operand read once by the GEMM, each chosen row once per token by the
-# gather:
+# ## 2. The gradients (11 min)
 #
-#     dense     2·T·R·O / (4·(T·R + R·O + T·O))
-#     gather    2·T·K·O / (4·T·K·O + 12·T·K + 4·T·O)        < 1/2, whatever R is
+# Call dy (T, O) the gradient of the loss with respect to y. Then the gradient to `v` is
 #
-# A machine that does P FLOPs and moves M bytes in a second runs at min(P, M · intensity) at most:
-# its *roofline*.
+#     dv[t, k] = dy[t] · B[idx[t, k]]          (dy Bᵀ) at idx
+#
+# which reads the same chosen rows: `torch.einsum("to,tko->tk", dy, B[idx])`. The gradient to B is
+# Hᵀ dy.
+#
+# **Write.** The gradient to B (R, O) from `v` and `idx` (T, K), `dy` (T, O) and R, without H:
+#
+#     dB[i] = Σ  v[t, k] · dy[t]   over all (t, k) with idx[t, k] = i
+#
+# On paper first: in the picture above, which terms does row 3 get, and which does row 4?
+#
+# <details><summary>Hint 1</summary>
+# Row 3 gets three terms, of tokens 0, 1 and 3; row 4 gets none and is 0. So start with zeros, and
+# add each of the T · K terms to its row.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+# <code>zeros.index_add(0, rows, terms)</code> adds terms[n] to the row rows[n], for n from 0 to
+# T · K - 1. Of the terms (T, K, O) and of idx (T, K), flatten T and K into one.
+# </details>
+
+
+# %% exercise 2
+def gradient_to_rows(v, idx, dy, R):
+    raise NotImplementedError
 
 
 # %%
-def intensity(path, T, R, K, O):
-    if path == "dense":
-        return 2 * T * R * O / (4 * (T * R + R * O + T * O))
-    return 2 * T * K * O / (4 * T * K * O + 12 * T * K + 4 * T * O)
-
-
-T, K, O = 512, 8, 256
-for R in (64, 512, 4096):
-    work = [2 * T * rows * O / 1e6 for rows in (R, K)]
-    rate = [intensity(path, T, R, K, O) for path in ("dense", "gather")]
-    print(
-        f"R {R:5}   dense {work[0]:7.1f} MFLOP at {rate[0]:5.1f} FLOP/byte"
-        f"   gather {work[1]:5.1f} MFLOP at {rate[1]:.2f}"
-    )
-    assert rate[0] > 20 and rate[1] < 0.5 and work[0] / work[1] == R / K
+with exercise("2"):
+    for T, R, K, O in ((3, 3, 2, 2), (5, 4, 3, 2), (2, 6, 1, 1)):
+        idx, none = torch.rand(T, R).topk(K).indices, torch.zeros(R, O)
+        v, dy = torch.randint(2, 9, (T, K)).float(), torch.randint(1, 9, (T, O)).float()
+        H, terms = torch.zeros(T, R).scatter(1, idx, v), v[..., None] * dy[:, None]
+        flat, by_k = idx.flatten(), none.clone()
+        for k in range(K):
+            by_k[idx[:, k]] += terms[:, k]
+        once = "A row that is named more than once keeps its last term: add them all (index_add)."
+        slips = {
+            once: none.index_copy(0, flat, terms.flatten(0, 1)),
+            "Two tokens may name one row at the same k: += keeps only one of them.": by_k,
+            "The weights v are left out.": (H > 0).float().T @ dy,
+            "These are the terms, one for each (t, k): add each to its row.": terms,
+            "This is (O, R): transpose it.": (H.T @ dy).T,
+        }
+        case = f"idx = {idx.tolist()}, v = {v.tolist()}, dy = {dy.tolist()}, R = {R}"
+        expect(case, gradient_to_rows(v, idx, dy, R), H.T @ dy, slips=slips)
+        work = counted(lambda a=(v, idx, dy, R): gradient_to_rows(*a))
+        assert work <= T * K * O, f"{work} multiply-adds, T·K·O is {T * K * O}: is there an H?"
 
 # %% [markdown]
-# ## Measured, here and now
+# Both gradients are sums over the chosen rows. They have gradients in turn, and these too.
+# **Predict**: with y = H B itself, how many different products is that in all, whatever order of
+# derivative one takes?
+
+# %% predict-1
+kinds = predict("different products in all derivatives", None)
+
+# %% kinds
+T, R, K, O = 48, 64, 4, 32
+idx, none = torch.rand(T, R, device=device).topk(K).indices, torch.zeros(0, O, **wide)
+v, B, dy = (torch.randn(*s, **wide, requires_grad=True) for s in ((T, K), (R, O), (T, O)))
+
+
+def derived(product, inputs):
+    return torch.autograd.grad(product.square().sum(), inputs, create_graph=True)
+
+
+y = spmm(idx, v, none, B, "gather")
+dv, dB = torch.autograd.grad(y, (v, B), dy, create_graph=True)
+again = *derived(dv, (dy, B)), *derived(dB, (v, dy))
+names = [product.grad_fn.name() for product in (y, dv, dB, *again)]  # what computes its gradients
+print(*names, sep="\n")
+kinds.beside(len(set(names)))
+
+# %% [markdown]
+# Three, and all are there after the first derivative: each one's gradients are the other two.
 #
-# Each of the `rounds` runs every contender once, in rotating order, and ratios are taken within a
-# round, so that a slow moment affects both sides. The median over rounds is reported. `Clock` times
-# one call, on a GPU by its events.
+# | name | equation | dense form | its gradients |
+# |---|---|---|---|
+# | `spmm` | y[t] = Σ_k v[t, k] · B[idx[t, k]] | H B | to v `sddmm`, to B `spmm_t` |
+# | `sddmm` | s[t, k] = dy[t] · B[idx[t, k]] | (dy Bᵀ) at idx | to dy `spmm`, to B `spmm_t` |
+# | `spmm_t` | d[i] = Σ v[t, k] · dy[t] where idx[t, k] = i | Hᵀ dy | to v `sddmm`, to dy `spmm` |
+#
+# So nothing else has to be written for training. `rank_scores` is `sddmm` for a gate that has
+# chosen before: z[t, k] = x[t] · A[idx[t, k]]. Frozen rows get no gradient, and `spmm_t` is asked
+# for live rows only: it costs the same however many rows are frozen.
+
+# %% [markdown]
+# ## 3. What is multiplied, and what is moved (9 min)
+#
+# Less arithmetic is not yet less time: numbers have to be moved, too. Dense reads H and B. The
+# gather reads for each token K rows of B, K weights and K indices (an index is as long as two
+# numbers of float32). Both write y. With T 512, R 512, K 8 and O 256 the gather has 64 times fewer
+# multiply-adds than dense.
+#
+# **Predict**: how many numbers does it move, as a multiple of what dense moves?
+
+# %% predict-2
+numbers_moved = predict("what the gather moves ÷ what dense moves", None)
+
+# %% moved
+T, R, K, O = 512, 512, 8, 256
+multiplied = {"dense": T * R * O, "gather": T * K * O}
+moved = {"dense": T * R + R * O + T * O, "gather": T * K * O + 3 * T * K + T * O}
+for path in ("dense", "gather"):
+    intensity = 2 * multiplied[path] / (4 * moved[path])
+    counts = f"{multiplied[path]:10,} multiply-adds, {moved[path]:9,} numbers moved"
+    print(f"{path:6} {counts}, {intensity:5.2f} FLOP per byte")
+numbers_moved.beside(moved["gather"] / moved["dense"])
+
+# %% [markdown]
+# It moves 2.27 times as many. A GEMM uses each number that it fetches for many tokens, a gather for
+# one. So dense does 64 FLOPs for each byte, the gather less than half of one, whatever R is.
+#
+# 64 times fewer multiply-adds, 2.27 times as many numbers. **Predict**: the gather's time as a
+# share of dense's?
+
+# %% predict-3
+time_share = predict("time of the gather ÷ time of dense, at 512 ranks", None)
+
+# %% [markdown]
+# On a shared machine one time means little. So each **round** runs every contender once, in an
+# order that turns; a ratio is taken within its round, so that a slow moment affects both sides; and
+# we take the median over rounds.
+
+# %% timing
+clock = Clock(device)
 
 
-# %%
+def compared(contenders, repeats=25):
+    """Of each contender: the median over rounds of its time ÷ that of the first."""
+    times = rounds(contenders, repeats, clock)
+    first = next(iter(times.values()))
+    each = {name: zip(row, first, strict=True) for name, row in times.items()}
+    return {name: statistics.median(t / f for t, f in pairs) for name, pairs in each.items()}
+
+
 def forward(v, idx, B, path):
     with torch.no_grad():
         rank_sparse(v, idx, B[:0], B, path)
 
 
+# %% bars alt="Bars of dense and gather in three groups: multiply-adds, numbers moved, time here."
+idx = torch.rand(T, R, device=device).topk(K).indices
+v, B = torch.randn(T, K, device=device), torch.randn(R, O, device=device)
+time = compared({path: partial(forward, v, idx, B, path) for path in ("dense", "gather")})
+groups = {"multiply-adds": multiplied, "numbers moved": moved, "time here": time}
+groups = {name: (1, each["gather"] / each["dense"]) for name, each in groups.items()}
+figures.bars(groups, ["dense", "gather"], "Each as a share of dense's")
+time_share.beside(time["gather"])
+
+# %% [markdown]
+# The gather has .02 of the multiply-adds and moves 2.27 times the numbers. On a CPU its time is in
+# between: below .7 of dense's, and at least twice the .02. **Explain**, in one sentence, before you
+# open this.
+#
+# <details><summary>An answer</summary>
+# Dense spends its time on multiply-adds, the gather on reading: what takes the time is another part
+# of the machine in each, so neither ratio is that of the times.
+# </details>
+#
+# This can be said in numbers. A machine that does P FLOPs and moves M bytes in a second needs P / M
+# FLOPs for each byte to be busy. Below that the memory decides, and the rate is about M times the
+# FLOPs per byte: the **roofline**. (It is a reference: a small B, as here, stays in a cache, which
+# is faster than memory.)
+
+# %% roofline
+square, long = torch.randn(1024, 1024, device=device), torch.randn(2**24, device=device)
+target = torch.empty_like(long)
+best = rounds({"gemm": lambda: square @ square, "copy": lambda: target.copy_(long)}, 7, clock)
+P, M = 2 * 1024**3 / min(best["gemm"]), 2 * long.nbytes / min(best["copy"])
+claim("P / M is between the gather's .44 FLOP per byte and dense's 64", P / M, 0.44 < P / M < 64)
+faster = multiplied["dense"] / multiplied["gather"] * time["gather"]
+claim("In a second dense does more than twice the gather's FLOPs", faster, faster > 2)
+
+# %% [markdown]
+# By these counts, reading decides for the gather, and arithmetic for dense. The gather does fewer
+# FLOPs in a second. It is faster on a CPU all the same, as it has R / K times fewer to do.
+
+# %% [markdown]
+# ## 4. Where it pays (11 min)
+#
+# That was R / K = 64. The next cell is for other R, and for a training step, too.
+
+
+# %% here
 def step(v, idx, B, dy, path):
-    a, b = v.requires_grad_(), B.requires_grad_()
-    torch.autograd.grad(rank_sparse(a, idx, b[:0].detach(), b, path), (a, b), dy)
+    y = rank_sparse(v.requires_grad_(), idx, B[:0].detach(), B.requires_grad_(), path)
+    torch.autograd.grad(y, (v, B), dy)
 
 
-clock = Clock(device)
-PATHS = ("dense", "gather")
-SHARES = (1, 2, 4, 8, 16, 64, 256)  # R / K
-ms, ratio = {}, {}
-for share in SHARES:
-    R = share * K
+ratio = {}
+for R in (8, 64, 512, 2048):
     idx = torch.rand(T, R, device=device).topk(K).indices
     v, B, dy = (torch.randn(*s, device=device) for s in ((T, K), (R, O), (T, O)))
-    calls = {
-        "forward": {path: partial(forward, v, idx, B, path) for path in PATHS},
-        "training": {path: partial(step, v, idx, B, dy, path) for path in PATHS},
-    }
-    for which, contenders in calls.items():
-        times = rounds(contenders, 15, clock)
-        for path in PATHS:
-            ms[which, path, share] = statistics.median(times[path])
-            each = [t / d for t, d in zip(times[path], times["dense"], strict=True)]
-            ratio[which, path, share] = statistics.median(each)
-
-print(f"T {T}, O {O}, K {K}, {device}; time of gather ÷ dense")
-for which in calls:
-    cells = "  ".join(f"{share}: {ratio[which, 'gather', share]:.2f}" for share in SHARES)
-    print(f"{which:9} at R/K  {cells}")
-if device == "cpu":
-    assert ratio["forward", "gather", 64] < 0.7
-    assert ratio["training", "gather", 256] < 0.7
-    assert ratio["training", "gather", 1] > 1  # no zeros to skip
+    pair = [
+        compared({p: partial(f, *given, p) for p in ("dense", "gather")}, 15)["gather"]
+        for f, given in ((forward, (v, idx, B)), (step, (v, idx, B, dy)))
+    ]
+    ratio[R] = pair
+    print(f"R / K {R // K:3}: gather ÷ dense  forward {pair[0]:.2f}, training step {pair[1]:.2f}")
 
 # %% [markdown]
-# Where every rank is kept (R/K = 1) there is nothing to skip, and the GEMM trains faster. As R
-# grows, the GEMM's work grows with it and the gather's does not. The stored measurement is of
-# larger sizes and on two cores (`minimoe bench`; bars are as long as between the quartiles).
-
-# %%
-bench = json.loads(Path("results/bench-cpu.json").read_text(encoding="utf-8"))
-RANKS = sorted({row["R"] for row in bench["rows"] if row["part"] == "layer"})
-
-
-def row(part, which, R, name, routing="random"):
-    """One row of the stored measurement."""
-    wanted = {"part": part, "pass": which, "R": R, "name": name, "routing": routing}
-    (match,) = [each for each in bench["rows"] if wanted.items() <= each.items()]
-    return match
-
-
-figure, grid = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-for i, which in enumerate(("forward", "training")):
-    for j, path in enumerate(("gather", "compact")):
-        style = {"color": COLOURS[j], "marker": MARKERS[2 * i + j], "ls": "-" if i == 0 else "--"}
-        label = f"{path}, {'forward' if i == 0 else 'training step'}"
-        if path in PATHS:
-            here = [ratio[which, path, share] for share in SHARES]
-            grid[0].plot(SHARES, here, ms=5, **style)
-        there = [row("up-projection", which, R, path)["ratio"] for R in RANKS]
-        grid[1].errorbar(
-            [R / bench["top_k"] for R in RANKS],
-            [r["median"] for r in there],
-            [r["iqr"] / 2 for r in there],
-            label=label,
-            ms=5,
-            capsize=2,
-            **style,
-        )
-grid[0].set_title(f"here: T {T}, O {O}, K {K}", fontsize=10)
-grid[1].set_title(
-    f"stored: T {bench['tokens']}, O {bench['width']}, K {bench['top_k']}, CPU", fontsize=10
-)
-for axes in grid:
-    axes.axhline(1, color="black", lw=1)
-    axes.set(xlabel="ranks in all per rank kept, R/K", xscale="log", yscale="log", xlim=(0.8, 320))
-    axes.set_xticks(SHARES, SHARES)
-    axes.set_xticks([], minor=True)
-    axes.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
-    axes.set_yticks([], minor=True)
-    axes.grid(alpha=0.3)
-grid[0].set_ylabel("time ÷ dense's")
-figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-figure.suptitle("The more ranks there are to skip, the more a gather wins", fontsize=11)
-plt.show()
-
-for which in ("forward", "training"):
-    stored = [row("up-projection", which, R, "gather")["ratio"]["median"] for R in RANKS]
-    assert stored == sorted(stored, reverse=True) and stored[-1] < 0.2
-    for R in RANKS:  # tokens that choose at random use all ranks: compact has nothing to leave out
-        assert row("up-projection", which, R, "compact")["ratio"]["median"] > 0.8
-# over 64 times the ranks: rows of a larger B are less often in a cache, and that is all
-grown = {
-    path: row("up-projection", "forward", RANKS[-1], path)["ms"]["median"]
-    / row("up-projection", "forward", RANKS[0], path)["ms"]["median"]
-    for path in ("dense", "gather")
-}
-print(f"R {RANKS[0]} to {RANKS[-1]}: dense takes {grown['dense']:.0f} x as long,", end=" ")
-print(f"gather {grown['gather']:.1f} x")
-assert grown["dense"] > 10 and grown["gather"] < 10
-# where all tokens choose among the same 64 ranks, as a batch of one task may, compact pays
-assert row("up-projection", "forward", 1024, "compact", "pool")["ratio"]["median"] < 0.5
-
-# %% [markdown]
-# On the roofline, the roof being the best rate seen here of any GEMM, and a plain copy's. The time
-# of dense includes the making of H. Where the gather stands above the slope, its rows come from a
-# cache, which is faster than memory. The gather has a lower rate of FLOPs than dense; it is faster
-# only because it does R/K times less work.
-
-# %%
-side = 1024
-square = torch.randn(side, side, device=device)
-POINTS = [(path, share) for path in ("dense", "gather") for share in SHARES]
-large = torch.randn(2**24, device=device)
-target = torch.empty_like(large)
-roof = rounds({"gemm": lambda: square @ square, "copy": lambda: target.copy_(large)}, 7, clock)
-work = {(path, n): 2 * T * O * K * (n if path == "dense" else 1) for path, n in POINTS}
-rate = {(path, n): work[path, n] / ms["forward", path, n] / 1e6 for path, n in POINTS}  # GFLOP/s
-peak = max(2 * side**3 / min(roof["gemm"]) / 1e6, *rate.values())
-speed = 2 * large.nbytes / min(roof["copy"]) / 1e6  # GB/s
-if device == "cpu":
-    assert rate["dense", 64] > rate["gather", 64]
-
-figure, axes = plt.subplots(figsize=(8, 3))
-x = [0.1, peak / speed, 400]
-axes.plot(x, [min(peak, speed * i) for i in x], color="black", lw=1.5, label="roof")
-for j, path in enumerate(("dense", "gather")):
-    at = [intensity(path, T, share * K, K, O) for share in SHARES]
-    heights = [rate[path, share] for share in SHARES]
-    axes.plot(at, heights, MARKERS[j], color=COLOURS[j], label=f"{path}, R/K = 1 to {SHARES[-1]}")
-axes.set(xlabel="arithmetic intensity (FLOP per byte)", ylabel="GFLOP per second")
-axes.set(xscale="log", yscale="log")
-for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-axes.set_title(
-    "Among many ranks dense does more in a second; the gather has less to do", fontsize=11
-)
-axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-axes.grid(alpha=0.3)
-plt.show()
-
-# %% [markdown]
-# ## What `auto` picks
+# With R / K = 1 there is nothing to leave out, and on a CPU a training step by gather takes longer.
+# As R grows, dense has more to do and the gather has not.
 #
-# Up to `SMALL` tokens times ranks `auto` is `plain`: in a small layer the bookkeeping of the other
-# paths costs more than their arithmetic saves. All of such a layer is plain, MoRA's gate too.
+# The stored measurement is of larger sizes, on a CPU with two threads. In `random` tokens choose
+# any ranks; in `pool` all choose among the same 64, as a batch of one kind of input may. All are
+# forward passes but one, a training step.
+
+# %% stored alt="Four lines over R from 64 to 4,096: time as a share of dense's."
+bench = numbers("bench")
+RANKS = (64, 256, 512, 1024, 4096)
+LINES = {
+    "gather": ("gather", "forward", "random"),
+    "gather, step": ("gather", "training", "random"),
+    "compact": ("compact", "forward", "random"),
+    "compact, pool": ("compact", "forward", "pool"),
+}
+product = [row for row in bench["rows"] if row["part"] == "up-projection"]
+stored = {(r["name"], r["pass"], r["routing"], r["R"]): r["ratio"] for r in product}
+lines = {n: [stored.get((*of, R), float("nan")) for R in RANKS] for n, of in LINES.items()}
+figures.lines(RANKS, lines, "R, of which 16 are kept", "time ÷ dense's", "T 4,096, O 768", (0, 1.5))
+
+# %% [markdown]
+# | | 64 | 256 | 512 | 1,024 | 4,096 |
+# |---|---|---|---|---|---|
+# | gather, forward | .85 | .39 | .26 | .17 | .07 |
+# | gather, training step | 1.27 | .53 | .33 | .21 | .09 |
+# | compact, forward | 1.15 | 1.25 | 1.15 | 1.08 | 1.03 |
+# | compact, forward, pool | - | .63 | .33 | .19 | .05 |
+#
+# The gather's share falls from one R to the next, to .07 forward and .09 in training. Where tokens
+# choose at random, all ranks are used, and compact takes a little longer than dense; where they
+# choose among 64, it takes .05 of dense's time at 4,096 ranks.
+#
+# **Write.** From such a measurement: the smallest R from which on, there and at all larger R, the
+# share is below a limit; None if there is none. `R` is sorted, `shares` has one number for each.
+
+
+# %% exercise 3
+def pays_from(R, shares, limit):
+    raise NotImplementedError
+
 
 # %%
-print(SMALL)
-tokens = torch.empty(SMALL[device] // 64 + 1, 1, device=device)
-assert is_plain("auto", tokens[1:], 64) and not is_plain("auto", tokens, 64)
+with exercise("3"):
+    trials = [((8, 16, 32, 64), (0.4, 0.6, 0.3, 0.2), 32), ((8, 16), (0.9, 0.5), None)]
+    trials += [((8, 16), (0.4, 0.3), 8)]
+    trials += [(RANKS, *each) for each in zip(lines.values(), (256, 512, None, 512), strict=True)]
+    for R, shares, want in trials:
+        below = [r for r, share in zip(R, shares, strict=True) if share < 0.5] or [None]
+        slips = {
+            "That is the first R below the limit; a larger R is above it again.": below[0],
+            "That is the largest R: the smallest is meant.": below[-1],
+            "That is the place in the list: return the R that stands there.": R.index(want or R[0]),
+            "That is the R before it: there the share is not below.": R[R.index(want or R[0]) - 1],
+            "A share equal to the limit is not below it.": R[-1],
+        }
+        case = f"R = {R}, shares = {shares}, limit = 0.5"
+        expect(case, pays_from(R, shares, 0.5), want, slips=slips)
 
+# %% [markdown]
+# `auto`, the package's default, goes by such numbers: dense below the R / K that the next cell
+# prints, sparse from there on, for each product by itself. (`spmm_t` counts live rows only.) Those
+# of a CPU were measured. **Those of a GPU were worked out and not measured**: its GEMM is so fast
+# that leaving out has to save a factor of seventy. `minimoe bench --device cuda` measures them on
+# yours, and the environment variable `MINIMOE_BENCH` makes `auto` use them. Up to `SMALL` tokens
+# times ranks the whole layer is plain.
+
+# %% auto
+print(f"SMALL {SMALL[device]:,}, CROSSOVER {CROSSOVER}")
+sparse = "triton" if device == "cuda" and find_spec("triton") else "gather"
+many = SMALL[device] // K + 1  # tokens, so that no R is small
+for share in (1, 4, 256):
+    idx = torch.rand(many, share * K, device=device).topk(K).indices
+    v, B = torch.randn(many, K, device=device), torch.randn(share * K, O, device=device)
+    bits = {path: rank_sparse(v, idx, B[:0], B, path) for path in ("auto", "dense", sparse)}
+    same = [path for path in ("dense", sparse) if torch.equal(bits["auto"], bits[path])]
+    print(f"R / K {share:3}: auto has the bits of {same[0]}")
+
+# %% [markdown]
+# Why plain? Take one MoRA layer, 64 tokens, 4 of 64 ranks kept: R / K is 16. **Predict**: how long
+# does a step by gather take, as a multiple of plain's?
+
+# %% predict-4
+small_layer = predict("time of a step by gather ÷ by plain, 64 tokens", None)
+
+# %% small-layer
 small = MoRA(nn.Linear(64, 64), rank=64, top_k=4).to(device)
 nn.init.normal_(small.B)
 x = torch.randn(64, 64, device=device)
@@ -469,310 +445,227 @@ x = torch.randn(64, 64, device=device)
 
 def layer_step(path):
     small.path = path
-    y = small(x)
-    y.sum().backward()
-    return y
+    small(x).sum().backward()
 
 
-y = {path: layer_step(path) for path in ("auto", "plain", "gather")}
-assert torch.equal(y["auto"], y["plain"])  # the same bits
-assert torch.allclose(y["gather"], y["plain"], atol=1e-4)  # the same numbers
-
-times = rounds({path: partial(layer_step, path) for path in ("plain", "gather")}, 15, clock)
-each = [g / p for g, p in zip(times["gather"], times["plain"], strict=True)]
-print(f"64 tokens, 64 ranks: gather takes {statistics.median(each):.1f} x as long as plain")
-if device == "cpu":
-    assert statistics.median(each) > 1
+paths = {path: partial(layer_step, path) for path in ("plain", "gather")}
+small_layer.beside(compared(paths, 101)["gather"])
 
 # %% [markdown]
-# In larger layers each of the three products chooses by itself, at a number of rows per kept rank
-# that was measured on a CPU and, for a GPU, only worked out (an H100's GEMM is so fast that
-# skipping has to save a factor of seventy). `spmm_t` counts live rows only. On a device of your own
-# `minimoe bench --device cuda` measures these numbers, and the environment variable `MINIMOE_BENCH`
-# makes `auto` go by them.
-
-# %%
-print(CROSSOVER)
-assert CROSSOVER["cpu"]["spmm"] == 2 and CROSSOVER["cpu"]["sddmm"] == 5
-assert all(CROSSOVER["cuda"][product] > CROSSOVER["cpu"][product] for product in CROSSOVER["cpu"])
-
-# the same path gives the same bits, another path others: the bits say what auto picked
-sparse = "triton" if device == "cuda" and importlib.util.find_spec("triton") else "gather"
-many = SMALL[device] // K + 1  # tokens, so that no R of these is small
-for share in (1, 4, 256):
-    R = share * K
-    idx = torch.rand(many, R, device=device).topk(K).indices
-    v, B = torch.randn(many, K, device=device), torch.randn(R, O, device=device)
-    bits = {path: rank_sparse(v, idx, B[:0], B, path) for path in ("auto", "dense", sparse)}
-    (pick,) = [path for path in ("dense", sparse) if torch.equal(bits["auto"], bits[path])]
-    print(f"R/K {share:3}: {pick}")
-    assert pick == ("dense" if share < CROSSOVER[device]["spmm"] else sparse)
+# On a CPU gather takes longer, though plain computes with 16 times as many ranks. **Explain**, in
+# one sentence, before you open this.
+#
+# <details><summary>An answer</summary>
+# Each call has a cost of its own, whatever its size; in so small a layer it is more than the
+# arithmetic that is left out.
+# </details>
 
 # %% [markdown]
-# ## The whole layer: what cannot be skipped
+# ## 5. The whole layer (11 min)
 #
-# MoRA scores all its ranks, z = x Aᵀ, and needs every z for ‖z‖. That GEMM stays. Counted in
-# multiply-adds of a forward pass, beside the same layer with a mask:
+# In MoRA a rank's **score** is its z divided by the norm of all R of them, and the K ranks of
+# largest score are kept. So all of z = x Aᵀ is computed, whatever is kept. A forward pass of a
+# layer has three products: the frozen layer's x W0ᵀ, z, and the update. A masked layer computes the
+# update with all R rows of B, MoRA with K.
 #
-#     masked    T·(D·O + D·R + R·O)
-#     MoRA      T·(D·O + D·R + K·O)
-#
-# so with D = O no more than half of it can go, however many ranks there are.
+# **Predict**: D = O = 768, K = 16, and a million ranks: the multiply-adds of the masked layer ÷
+# those of MoRA?
 
-# %%
-for R in (16, 256, 4096, 2**20):
-    D, O, K = 768, 768, 16
-    gain = (D * O + D * R + R * O) / (D * O + D * R + K * O)
-    print(f"R {R:8,}: masked ÷ MoRA {gain:.2f}")
-    assert 1 <= gain < 2
+# %% predict-5
+million = predict("multiply-adds, masked ÷ MoRA, at a million ranks", None)
 
 # %% [markdown]
-# Training has one more dense term. The gradient through the norm is dense in z: with
-# c = (dloss/d‖z‖) / ‖z‖, one number per token,
+# **Write.** The multiply-adds of a forward pass, for one token: of the masked layer, and of MoRA,
+# each with its frozen layer. Return both. (Norm and softmax do not count.) What you return is
+# compared with what torch counts.
 #
-#     dx = (sparse part) + c · z A          z A = x Aᵀ A = x (Aᵀ A)
-#
-# and the bracket on the right is the trick of `top_scores`, which MoRA's gate calls unless it is
-# plain: AᵀA is (D, D) whatever R is. It costs (T + R)·D·D instead of T·R·D, and z itself need not
-# be kept. It is the exact gradient. The frozen rows' part of AᵀA is the same in all steps of a
-# task, and is kept: a step costs (T + r)·D·D then, for r live rows.
+# <details><summary>Hint</summary>
+# One token (1, D) times a matrix (D, O) is D · O multiply-adds.
+# </details>
+
+
+# %% exercise 4
+def work_of_masked_and_mora(D, O, R, K):
+    raise NotImplementedError
+
 
 # %%
-T, D, R, K = 200, 24, 96, 4  # (T + R)·D·D < T·R·D: the bracket is used
-x, A = torch.randn(T, D, **wide), torch.randn(R, D, **wide)
-assert (T + R) * D * D < T * R * D
-assert close((x @ A.T) @ A, x @ (A.T @ A))
+with exercise("4"):
+    for D, O, R, K in ((24, 40, 12, 3), (50, 20, 18, 18), (64, 64, 64, 1)):
+        layer, x = MoRA(nn.Linear(D, O), rank=R, top_k=K), torch.randn(1, D)
+        masked = counted(partial(DenseMasked(layer), x))
+        scores = counted(partial(torch.mm, x, layer.keys.T))
+        update = counted(partial(torch.mm, torch.randn(1, K), torch.randn(K, O)))
+        mora = counted(partial(layer.base, x)) + scores + update
+        slips = {
+            "The frozen layer's D · O is left out.": (masked - D * O, mora - D * O),
+            "MoRA scores all R ranks, not only the K that it keeps.": (masked, mora - D * (R - K)),
+            "A multiply-add counts once: these are FLOPs.": (2 * masked, 2 * mora),
+            "MoRA's product with B has K rows for each token, not R.": (masked, masked),
+            "The two are in each other's place.": (mora, masked),
+            "That is the masked layer alone: return both.": masked,
+        }
+        got = work_of_masked_and_mora(D, O, R, K)
+        expect(f"D {D}, O {O}, R {R}, K {K}", got, (masked, mora), slips=slips)
 
 
-def speaks(top, norm):  # like a gate: the kept scores over the norm
+# %% gains
+def work_ratio(D, O, R, K):
+    """Multiply-adds of a masked layer's forward pass ÷ those of MoRA's."""
+    return (D * O + D * R + R * O) / (D * O + D * R + K * O)
+
+
+for R in (16, 256, 4096, 10**6):
+    print(f"R {R:9,}: masked ÷ MoRA {work_ratio(768, 768, R, 16):.2f}")
+million.beside(work_ratio(768, 768, 10**6, 16))
+
+# %% [markdown]
+# Just below 2. The GEMM that scores stays, and with D = O it is as large as the one that is left
+# out: at most half of the forward pass can go, however many ranks there are.
+#
+# In the [stored measurement](results/bench-cpu.md) of whole layers (D = O = 768, 16 live ranks),
+# every MoRA layer takes longer than the plain `nn.Linear`: 1.5 times at 64 ranks, 7.8 times forward
+# at 4,096. Beside the masked layer it saves little at 64 ranks; at 4,096 the masked one takes 1.8
+# times as long forward, 2.6 times in a training step, and holds 5.3 times the memory in it. With
+# 1,600 ranks z takes 2.0 times the frozen layer's forward pass, torch's top k .9, the update .2.
+#
+# **Break.** The half was for D = O. Return sizes D, O, R, K for which the masked layer multiplies
+# more than 4 times as much as MoRA.
+
+
+# %% exercise 5
+def unequal_sizes():
+    raise NotImplementedError
+
+
+# %%
+with exercise("5"):
+    got = unequal_sizes()
+    assert isinstance(got, tuple | list) and len(got) == 4, f"return D, O, R, K: this is {got!r}"
+    D, O, R, K = got
+    assert min(got) >= 1 and K <= R, f"at least 1 each, and K at most R: {got}"
+    why = "D is as large as O, or larger: so is the GEMM that scores" if D >= O else "O is larger"
+    why += f", and with any R it stays below {1 + O / D:.3g}"
+    less = work_ratio(*got)
+    assert less > 4, f"masked ÷ MoRA is {less:.2f} for D, O, R, K = {got}: {why}"
+
+# %% [markdown]
+# **Explain**: a transformer has layers from D to 4 D and from 4 D to D. What can MoRA leave out in
+# each, at most, and why?
+#
+# <details><summary>An answer</summary>
+# For many ranks masked ÷ MoRA comes near to (D + O) / D: 5 for the layer from D to 4 D, 1.25 for
+# the one back. Scoring costs D for each rank, the product O, and only the product can be left out.
+# </details>
+#
+# In training, the norm brings one more product: its gradient to x has all of z in it, c · z A, with
+# one number c for each token. But z A = x (Aᵀ A), and Aᵀ A is (D, D) however large R is. So
+# `top_scores`, which MoRA's gate calls, takes the cheaper of T · R · D and (T + R) · D · D
+# multiply-adds. Both are the exact gradient. At T 4,096 and D 768 the second is cheaper from 946
+# ranks on.
+
+# %% bracket
+T, D, R, K = 200, 24, 96, 4
+x, A = (torch.randn(n, D, **wide, requires_grad=True) for n in (T, R))
+
+
+def some_loss(top, norm):
     return ((top / norm / 0.1).softmax(-1) * top).square().sum()
 
 
-a, b = x.clone().requires_grad_(), A.clone().requires_grad_()
-top, idx, norm = top_scores(a, A[:0], b, K)
-mine = torch.autograd.grad(speaks(top, norm), (a, b))
-
-z = a @ b.T  # as plain autograd has it
-plain = torch.autograd.grad(speaks(z.topk(K).values, z.norm(dim=1, keepdim=True)), (a, b))
-for got, wanted in zip(mine, plain, strict=True):
-    assert close(got, wanted)
-
-tokens, width = bench["tokens"], bench["width"]
-least = tokens * width / (tokens - width)  # T·R·D > (T + R)·D·D above this R
-print(f"at T {tokens}, D {width} the bracket is cheaper from R = {least:.0f}")
-assert 900 < least < 1000
+top, idx, norm = top_scores(x, A[:0].detach(), A, K)
+mine = torch.autograd.grad(some_loss(top, norm), (x, A))
+z = x @ A.T
+plain = torch.autograd.grad(some_loss(z.topk(K).values, z.norm(dim=1, keepdim=True)), (x, A))
+apart = max((a - b).abs().max().item() for a, b in zip(mine, plain, strict=True))
+claim("Its gradients differ from plain autograd's by at most 1e-10", apart, apart < 1e-10)
 
 # %% [markdown]
-# One can also hold the gate constant in the backward pass (`MoRA(detach_gate=True)`): then only
-# chosen ranks are touched. That is another method, not a faster way to the same. How much the
-# gradient to x turns depends on how sharp the gate is:
-
-# %%
-D = O = 64
-cosine = {}
-for tau in (1.0, 0.1, 0.02, 0.005):
-    torch.manual_seed(0)
-    turned = []
-    for detach in (False, True):
-        torch.manual_seed(0)
-        layer = MoRA(nn.Linear(D, O), rank=32, top_k=8, tau=tau, detach_gate=detach)
-        for _ in range(7):
-            layer.grow()
-        layer = layer.to(**wide)
-        with torch.no_grad():
-            layer.frozen_B.normal_()
-            layer.B.normal_()
-        x = torch.randn(64, D, **wide).requires_grad_()
-        update = layer(x) - layer.base(x)
-        turned.append(torch.autograd.grad(update, x, torch.randn(64, O, **wide))[0].flatten())
-    cosine[tau] = torch.cosine_similarity(*turned, dim=0).item()
-    print(f"tau {tau:5}: cosine of the detached gradient to the exact one {cosine[tau]:.3f}")
-assert cosine[1.0] > 0.98 and cosine[1.0] > cosine[0.1] > cosine[0.02] > cosine[0.005]
-assert cosine[0.005] < 0.9
-
-# %% [markdown]
-# ## Where dense wins
+# ## 6. A GPU: tiles (4 min)
 #
-# Stored, of a whole MoRA layer (16 ranks live, D = O = 768): time as a multiple of the plain
-# `nn.Linear` of that size, and what a training step holds in memory.
+# Triton compiles Python functions to GPU kernels. A kernel is written for one **program**, and
+# thousands of them run side by side. Each computes a **tile** of the output, some tokens and some
+# columns, and no other program writes there. Where a tile hangs over the edge it is cut off. With
+# tensors of torch in place of Triton's:
 
-# %%
-base = {w: row("beside", w, 128, "linear")["ms"]["median"] for w in ("forward", "training")}
-cost, MiB = {}, {}
-for name in ("dense-masked", "mora", "mora detached"):
-    for which in ("forward", "training"):
-        for R in RANKS:
-            cost[name, which, R] = row("layer", which, R, name)["ms"]["median"] / base[which]
-            MiB[name, which, R] = row("layer", which, R, name)["peak"] / 2**20
+# %% tiles
+T, R, K, O, TOKENS, COLUMNS = 48, 64, 4, 32, 5, 12  # no multiples
+idx = torch.rand(T, R, device=device).topk(K).indices
+v, B, tiles = (torch.randn(*s, **wide) for s in ((T, K), (R, O), (T, O)))
 
-figure, grid = plt.subplots(1, 3, figsize=(9, 3.2))
-panels = [
-    ("forward", cost, "forward: time ÷ plain linear's"),
-    ("training", cost, "step: time ÷ plain linear's"),
-    ("training", MiB, "step: memory held (MiB)"),
-]
-for axes, (which, what, title) in zip(grid, panels, strict=True):
-    for j, name in enumerate(("dense-masked", "mora", "mora detached")):
-        line = [what[name, which, R] for R in RANKS]
-        axes.plot(RANKS, line, color=COLOURS[j], marker=MARKERS[j], ms=5, label=name)
-    if what is cost:
-        axes.axhline(1, color="black", lw=1)
-    axes.set(xscale="log", yscale="log", xlabel="ranks in all, R")
-    axes.set_title(title, fontsize=10)
-    axes.set_xticks(RANKS, RANKS)
-    axes.set_xticks([], minor=True)
-    ticks = [1, 2, 5, 10, 20] if what is cost else [50, 100, 200, 400]
-    axes.set_yticks(ticks, ticks)
-    axes.set_yticks([], minor=True)
-    axes.grid(alpha=0.3)
-figure.legend(
-    *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-)
-figure.suptitle(
-    "All take longer than the plain layer; among many ranks the mask by far", fontsize=11
-)
-plt.show()
 
-for (name, which, R), times in cost.items():
-    assert times > 1, (name, which, R)  # at every R, of either kind
-for R in RANKS:  # in memory the mask is worse, among many ranks much worse
-    assert MiB["dense-masked", "training", R] > MiB["mora", "training", R]
-assert MiB["dense-masked", "training", 4096] > 5 * MiB["mora", "training", 4096]
-# at the largest R: under 2 x forward, as counted; more in a step, by the bracket
-assert 1.4 < cost["dense-masked", "forward", 4096] / cost["mora", "forward", 4096] < 2
-assert cost["dense-masked", "training", 4096] / cost["mora", "training", 4096] > 2.5
-# at 64 ranks next to nothing; at 256 some
-gains = {
-    (which, R): cost["dense-masked", which, R] / cost["mora", which, R]
-    for which in ("forward", "training")
-    for R in RANKS
-}
-assert all(abs(gains[which, 64] - 1) < 0.15 for which in ("forward", "training"))
-assert 1.05 < gains["forward", 256] < gains["training", 256] < 1.5
-# the live ranks' gradient costs the same among 4,096 as among 64
-late = row("weight gradient", "training", 16, "R 4096")["ratio"]["median"]
-assert 0.8 < late < 1.2
+def program(i, j):
+    t = torch.arange(i * TOKENS, min((i + 1) * TOKENS, T), device=device)
+    o = torch.arange(j * COLUMNS, min((j + 1) * COLUMNS, O), device=device)
+    total = torch.zeros(len(t), len(o), **wide)
+    for k in range(K):
+        total += v[t, k, None] * B[idx[t, k]][:, o]
+    tiles[t[:, None], o] = total
+
+
+for j in range(-(-O // COLUMNS)):  # one strip of columns of B at a time stays in a cache
+    for i in range(-(-T // TOKENS)):
+        program(i, j)
+apart = (tiles - rank_sparse(v, idx, B[:0], B, "dense")).abs().max().item()
+claim("The tiles differ from dense by at most 1e-10", apart, apart < 1e-10)
 
 # %% [markdown]
-# And as tasks add up, 16 ranks each: what a step is made of. *Gradients* is the whole backward
-# pass, the base's too. What grows is the scoring, which no gate that scores itself can skip,
-# torch's top k beside it, and up to R of about the width the gradient through the norm. The
-# up-projection hardly grows: K rows of B a token, however many there are.
+# The kernel itself, with what it multiplies and moves, is the next cell's output: `tl.load` reads
+# at an address, unless its mask says no, and `tl.store` writes.
 
-# %%
-growth = {
-    (r["R"] // 16, r["name"]): r["ratio"]["median"] for r in bench["rows"] if r["part"] == "growth"
-}
-figure, axes = plt.subplots(figsize=(7, 3.2))
-draw_growth(axes, bench)
-axes.set_title("A step among 100 tasks: scoring and top k grow, what speaks does not", fontsize=11)
-axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-plt.show()
-
-more = {part: growth[100, part] - growth[1, part] for part in ("scoring", "top-k", "up")}
-assert more["up"] < 0.3 * more["scoring"] and more["top-k"] > more["up"]
-assert growth[100, "step"] < 0.7 * growth[100, "dense-masked"]
+# %% kernel
+source = Path(minimoe.__file__).with_name("kernels.py").read_text(encoding="utf-8")
+start = source.index("@triton.jit\ndef spmm_kernel")
+print(source[start : source.index("\n\n\n", start)])
 
 # %% [markdown]
-# So, on a CPU, in layers that are not small: the sparse product alone pays from R of about 2 K on,
-# 5 K and 14 K in the backward. A layer around it saves at most half of its forward pass, and after
-# the GEMMs torch's top k is what it waits for. At 64 ranks a masked layer is as fast, and simpler;
-# with 1,600 a MoRA step takes less than .7 of its time. For a GPU the crossover is arithmetic so
-# far, not measurement: dense up to R/K of about seventy.
+# The stored outputs of this notebook are from a machine without a GPU. There Triton's interpreter
+# runs the kernel on the CPU, slowly: that tells whether its sums are right, and nothing about time.
+# It gets a process of its own, as `TRITON_INTERPRET` is read at the import.
+
+# %% interpreted
+TRY = """
+import sys, torch
+from minimoe.sparse import rank_sparse
+wide = {"dtype": torch.float64, "device": sys.argv[1]}
+idx = torch.rand(12, 24, device=sys.argv[1]).topk(4).indices
+v, B = torch.randn(12, 4, **wide), torch.randn(24, 17, **wide)
+y, dense = (rank_sparse(v, idx, B[:8], B[8:], path) for path in ("triton", "dense"))
+print("within 1e-10 of dense:", bool((y - dense).abs().max() < 1e-10))
+"""
+if find_spec("triton"):
+    interpret = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
+    call = [sys.executable, "-c", TRY, device]
+    tried = subprocess.run(call, env=os.environ | interpret, capture_output=True, text=True)
+    print(device, (tried.stdout or tried.stderr).strip())
+else:
+    print("triton is not installed here; on Linux: pip install triton")
+
+# %% [markdown]
+# ## 7. Exit ticket (5 min)
 #
-# ## Exercises
+# **Summary.** Keeping K of R ranks leaves a matrix of zeros, and its product is a gather: three
+# products serve every derivative. A gather multiplies less and moves more, so it pays from some
+# R / K on, which has to be measured, and in small layers not at all. Around it, a self-scoring
+# gate's GEMM over all ranks stays.
 #
-# **1.** Write the gather yourself, for float64 inputs and one table B: index the chosen rows
-# (`index_select`, or `B[idx]`), weight and add them (`torch.einsum`). No matrix H, no GEMM over all
-# ranks. Gradients come by autograd. (It is right, and slow: it stores T·K·O numbers. The package
-# uses the embedding bag.)
-
-
-# %% exercise 1
-def gathered(v, idx, B):
-    """v (T, K), idx (T, K), B (R, O) -> y (T, O)"""
-    return ...
-
-
-# %%
-with exercise("1"):
-    for T, R, K, O in ((30, 17, 4, 9), (5, 3, 8, 2), (1, 1, 1, 1)):
-        idx = torch.randint(R, (T, K), device=device)  # ranks may come twice
-        v = torch.randn(T, K, **wide).requires_grad_()
-        B = torch.randn(R, O, **wide).requires_grad_()
-        got, wanted = gathered(v, idx, B), rank_sparse(v, idx, B[:0].detach(), B, "dense")
-        assert isinstance(got, torch.Tensor), f"{type(got).__name__} is no tensor"
-        assert got.shape == wanted.shape, f"y is {tuple(got.shape)}, not {tuple(wanted.shape)}"
-        assert torch.allclose(got, wanted), f"wrong numbers at T {T}, R {R}, K {K}, O {O}"
-        dy = torch.randn(T, O, **wide)
-        for name, g, w in zip(
-            ("v", "B"), grads(got, (v, B), dy), grads(wanted, (v, B), dy), strict=True
-        ):
-            assert torch.allclose(g, w), f"wrong gradient to {name}"
-        work = counted(lambda v=v, idx=idx, B=B: gathered(v, idx, B))
-        assert work <= T * K * O, f"{work} multiply-adds, allowed: {T * K * O}"
-
-# %% [markdown]
-# **2.** Count the multiply-adds of a forward pass over T tokens: of the masked layer, and of MoRA,
-# each with its base layer. Sums over K or R numbers per token (norm, softmax) do not count. How
-# large is the gain of MoRA at 8 kept of 512 ranks, D = O = 512?
-
-
-# %% exercise 2
-def work_of_masked(T, D, O, R):
-    return 0
-
-
-def work_of_mora(T, D, O, R, K):
-    return 0
-
-
-gain = None  # masked over MoRA at D = O = 512, R = 512, K = 8
-
-# %%
-with exercise("2"):
-    for T, D, O, R, K in ((10, 24, 40, 12, 3), (7, 50, 20, 18, 18), (33, 16, 16, 64, 1)):
-        layer = MoRA(nn.Linear(D, O), rank=1, top_k=K).to(device)
-        for _ in range(R - 1):
-            layer.grow()
-        x, H, B = (torch.randn(*s, device=device) for s in ((T, D), (T, K), (K, O)))
-        in_torch = counted(lambda layer=layer, x=x: DenseMasked(layer)(x))
-        assert work_of_masked(T, D, O, R) == in_torch, f"masked: torch counts {in_torch}"
-        parts = (
-            partial(layer.base, x),
-            partial(torch.mm, x, layer.keys.T),
-            partial(torch.mm, H, B),
-        )
-        assert work_of_mora(T, D, O, R, K) == sum(map(counted, parts)), f"MoRA at {D, O, R, K}"
-    assert isinstance(gain, float), f"the gain is {gain}"
-    assert abs(gain * work_of_mora(9, 512, 512, 512, 8) / work_of_masked(9, 512, 512, 512) - 1) < (
-        0.01
-    ), "the gain"
-
-# %% [markdown]
-# **3.** From the stored measurement (`row`, random routing, training steps): the smallest R in it
-# at which (a) the product by gather takes less than half of dense's time, (b) MoRA's layer takes
-# less than half the time of dense-masked, (c) MoRA's layer holds less than half its memory.
-
-# %% exercise 3
-half_the_time = None
-half_of_masked = None
-half_the_memory = None
-
-# %%
-with exercise("3"):
-
-    def smallest(R, holds, what):
-        assert R in RANKS, f"{what}: {R} is none of {RANKS}"
-        assert holds(R), f"{what}: not at R = {R}"
-        assert not any(map(holds, RANKS[: RANKS.index(R)])), f"{what}: at a smaller R already"
-
-    def time(part, name):
-        return lambda R: row(part, "training", R, name)["ratio"]["median"]
-
-    by_gather = time("up-projection", "gather")
-    layer, masked = time("layer", "mora"), time("layer", "dense-masked")
-    smallest(half_the_time, lambda R: by_gather(R) < 0.5, "half the time")
-    smallest(half_of_masked, lambda R: layer(R) < masked(R) / 2, "half of dense-masked")
-    held = {R: MiB["mora", "training", R] / MiB["dense-masked", "training", R] for R in RANKS}
-    smallest(half_the_memory, lambda R: held[R] < 0.5, "half the memory")
+# **1.** T = 1,000 tokens keep 4 of 64 ranks, O = 100. How many multiply-adds has y = H B by dense,
+# and how many by gather?
+#
+# <details><summary>Answer</summary>
+# 1,000 · 64 · 100 = 6,400,000, and 1,000 · 4 · 100 = 400,000.
+# </details>
+#
+# **2.** Two tokens keep the same rank. What must the gradient to B do that the gather need not?
+#
+# <details><summary>Answer</summary>
+# Add: both terms go to the same row. The gather only reads, and each token has an output row of its
+# own. On a GPU such sums need locks, or an order.
+# </details>
+#
+# **3.** "It keeps 8 of 4,096 ranks, so the update costs 1/512 of the masked one." What is left out?
+#
+# <details><summary>Answer</summary>
+# The gate scores all 4,096 ranks, which with D = O is as much work as the product that is saved: of
+# the update's work half stays. And fewer multiply-adds are not that much less time.
+# </details>

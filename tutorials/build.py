@@ -9,7 +9,9 @@ checks/NAME.py, where there is one, has the authors' checks: each is run after t
 title, and never shown.
 """
 
+import base64
 import copy
+import io
 import json
 import re
 import sys
@@ -20,12 +22,16 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from PIL import Image  # matplotlib brings it
 
 from minimoe.tools.files import write_atomic
 
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem for path in HERE.glob("[0D][0-9]_*.py"))
-LARGEST = 400_000  # bytes of a notebook
+LARGEST = 250_000  # bytes of a notebook
+COLOURS = (
+    128  # of a picture that is stored: a third of the bytes, and nothing that an eye would miss
+)
 
 
 def source(name: str, folder: Path = HERE) -> NotebookNode:
@@ -87,7 +93,8 @@ def checked(notebook: NotebookNode, name: str) -> NotebookNode:
 
 
 def shown(notebook: NotebookNode) -> NotebookNode:
-    """A notebook that has run, without its authors' checks, its cells counted as if alone."""
+    """A notebook that has run, without its authors' checks, its cells counted as if alone, its
+    pictures smaller."""
     notebook = copy.deepcopy(notebook)
     notebook.cells = [cell for cell in notebook.cells if not cell.metadata.get("unseen")]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -96,7 +103,16 @@ def shown(notebook: NotebookNode) -> NotebookNode:
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
     return notebook
+
+
+def smaller(png: str) -> str:
+    """A picture in base64, in at most COLOURS colours."""
+    picture, written = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
+    return base64.b64encode(written.getvalue()).decode()
 
 
 def exercises(notebook: NotebookNode) -> dict[str, NotebookNode]:

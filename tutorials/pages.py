@@ -113,11 +113,12 @@ def lesson_numbers() -> dict[str, Any]:
         if row.reachable
     }
     bench = read_bench(HERE / "results" / "bench-cpu.json")
+    parts = ("up-projection", "layer", "beside", "growth", "weight gradient")
     rows = [
-        {key: row[key] for key in ("pass", "R", "name", "routing")}
-        | {"ratio": row["ratio"]["median"], "iqr": row["ratio"]["iqr"], "ms": row["ms"]["median"]}
+        {key: row[key] for key in ("part", "pass", "R", "name", "routing", "peak") if key in row}
+        | {key: row[key] and round(row[key]["median"], 4) for key in ("ratio", "ms")}
         for row in bench["rows"]
-        if row["part"] == "up-projection" and row["name"] in ("dense", "gather", "compact")
+        if row["part"] in parts
     ]
     sizes = {key: bench[key] for key in ("tokens", "width", "top_k")}
     return {"atlas": atlas, "planted": planted, "bench": sizes | {"rows": rows}}

@@ -203,8 +203,12 @@ def shown(value: Any) -> str:
     """A value as a line: all numbers of a small tensor, of a large one the shape and some."""
     if isinstance(value, Exception):
         return " ".join(f"{type(value).__name__}: {value}".split())[:LONGEST]
+    if isinstance(value, Real) and not isinstance(value, int):
+        return f"{float(value):.3g}"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(shown, value))})"[:LONGEST]
     if not isinstance(value, Tensor):
-        return f"{value:.3g}" if isinstance(value, float) else repr(value)[:LONGEST]
+        return repr(value)[:LONGEST]
     if value.layout is not torch.strided or value.is_meta or value.is_complex():
         return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
     if value.numel() > 9:
@@ -215,6 +219,6 @@ def shown(value: Any) -> str:
 
 def nested(value: Any) -> str:
     """Numbers in brackets, as deep as they are."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return f"({', '.join(map(nested, value))})"
     return f"{value:.3g}"

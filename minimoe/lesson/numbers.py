@@ -18,8 +18,9 @@ def numbers(section: str) -> Any:
     atlas       {stream: {learner: {"acc": one for each seed, "stored": numbers at the end}}}
     planted     {learner: {"acc", "bwt", "reachable", "limit"}}, means of three seeds; limit: true
                 where nothing above `reachable` can be, false where it is known to be possible
-    bench       {"tokens", "width", "top_k", "rows"} of the up-projection on a CPU; rows:
-                {"pass", "R", "name", "routing", "ratio", "iqr", "ms"}, the ratio to `dense`
+    bench       {"tokens", "width", "top_k", "rows"} of a CPU; rows: {"part", "pass", "R", "name",
+                "routing", "ratio", "ms"} and, of a layer, "peak" in bytes; a ratio is to the first
+                name of its part
 
     Raises ValueError on another.
     """

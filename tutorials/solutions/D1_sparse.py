@@ -1,35 +1,30 @@
 # %% exercise 1
-def gathered(v, idx, B):
-    """v (T, K), idx (T, K), B (R, O) -> y (T, O)"""
-    return torch.einsum("tk,tko->to", v, B[idx])  # B[idx] is (T, K, O)
+def gathered(v, rows):
+    return (v[..., None] * rows).sum(1)  # or torch.einsum("tk,tko->to", v, rows)
 
 
 # %% exercise 2
-def work_of_masked(T, D, O, R):
-    return T * (D * O + D * R + R * O)
-
-
-def work_of_mora(T, D, O, R, K):
-    return T * (D * O + D * R + K * O)
-
-
-gain = work_of_masked(1, 512, 512, 512) / work_of_mora(1, 512, 512, 512, 8)  # 1.49
+def gradient_to_rows(v, idx, dy, R):
+    terms = v[..., None] * dy[:, None]  # (T, K, O)
+    zeros = torch.zeros(R, dy.shape[1])
+    return zeros.index_add(0, idx.flatten(), terms.flatten(0, 1))
 
 
 # %% exercise 3
-def first(holds):
-    return next(R for R in RANKS if holds(R))
+def pays_from(R, shares, limit):
+    found = None
+    for r, share in zip(reversed(R), reversed(shares), strict=True):  # from the largest down
+        if not share < limit:
+            break
+        found = r
+    return found
 
 
-half_the_time = first(
-    lambda R: row("up-projection", "training", R, "gather")["ratio"]["median"] < 0.5
-)
-half_of_masked = first(
-    lambda R: (
-        row("layer", "training", R, "mora")["ratio"]["median"]
-        < row("layer", "training", R, "dense-masked")["ratio"]["median"] / 2
-    )
-)
-half_the_memory = first(
-    lambda R: MiB["mora", "training", R] < MiB["dense-masked", "training", R] / 2
-)
+# %% exercise 4
+def work_of_masked_and_mora(D, O, R, K):
+    return D * O + D * R + R * O, D * O + D * R + K * O
+
+
+# %% exercise 5
+def unequal_sizes():
+    return 16, 16 * 16, 1_000_000, 1  # towards 1 + O / D = 17
