@@ -1,5 +1,6 @@
 """Lessons: a right function is right, a wrong one is told how; what is shipped is what it says."""
 
+import itertools
 import re
 
 import matplotlib.pyplot as plt
@@ -568,12 +569,14 @@ def test_hints_come_one_by_one(capsys):
 
 
 A = [[0.06, 0.04, 0.03], [0.97, 0.05, 0.03], [0.6, 0.96, 0.03], [0.55, 0.97, 0.96]]
+NAMES = ["just learned", "at the end", "later experts hidden", "own expert alone"]
 PICTURES = {
     "equation": lambda: figures.equation("zg"),
     "digits": lambda: figures.digits(make("permuted-digits", 2)),
     "accuracies": lambda: figures.accuracies(A),
     "shares": lambda: figures.shares(A[1:]),
     "bars": lambda: figures.bars({"a": (0.1, -0.2), "b": (0.3, 0.4)}, ["one", "two"], "bars"),
+    "bars of four": lambda: figures.bars(dict.fromkeys("abcd", (0.9, 1, -0.9, 1)), NAMES, ""),
     "curves": lambda: figures.curves({"LoRA": A, "MoRA": A}),
     "lines": lambda: figures.lines((1, 8), {"a": (2, 5), "b": (5, 5)}, "x", "y", "t", (0, 10)),
     "spread": lambda: figures.spread({"a": (0.1, 0.3), "b": (0.5, 0.5)}, "ACC", "title", (0, 1)),
@@ -635,6 +638,15 @@ def test_bars_differ_in_hatch_and_have_their_numbers(picture):
     (axes,) = picture.axes
     assert len({bars[0].get_hatch() for bars in axes.containers}) == 2
     assert {"0.10", "-0.20", "0.30", "0.40"} <= {text.get_text() for text in axes.texts}
+
+
+@pytest.mark.parametrize("picture", ["bars of four"], indirect=True)
+def test_numbers_of_bars_do_not_cover_each_other(picture):
+    picture.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in picture.axes[0].texts]
+    assert len(boxes) == 16
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
 
 
 @pytest.mark.parametrize("picture", ["equation"], indirect=True)

@@ -29,7 +29,7 @@ from minimoe.tools.results import StudyResult
 from minimoe.tools.tables import short
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
-DEPTH = ("D1", "D2", "D3")
+DEPTH = ("D1", "D2", "D3", "D4")
 sys.path.insert(0, str(TUTORIALS))
 import build  # noqa: E402
 import slides  # noqa: E402
@@ -162,7 +162,8 @@ def test_a_reader_of_the_core_of_d4_and_of_two_pages_meets_what_a_user_needs():
             met.add(node.attr)
         if isinstance(node, ast.ImportFrom):
             met |= {alias.name for alias in node.names}
-    for name in notebooks:  # or in what a cell prints
+    for name in notebooks:  # or in its words, or in what a cell prints
+        met |= set(re.findall(r"`(\w+)[`(]", "\n".join(cell.source for cell in prose(name))))
         stored = nbformat.read(TUTORIALS / f"{name}.ipynb", as_version=4)
         met |= set(re.findall(r"\w+", build.printed(stored)))
     for room, names in NEEDED.items():

@@ -95,7 +95,7 @@ def shares(mass: Any, title: str = "share of the gate's weight") -> None:
 def bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], title: str) -> None:
     """Groups of bars, each bar with its number: of each name one, in every group."""
     wide = 0.8 / len(names)
-    with drawn(max(5.0, max(1.6, 0.48 * len(names)) * len(groups) + 2), 3.2) as axes:
+    with drawn(max(5.0, max(1.6, 0.53 * len(names)) * len(groups) + 2), 3.2) as axes:
         for i, name in enumerate(names):
             at = np.arange(len(groups)) + wide * (i - (len(names) - 1) / 2)
             style: Any = {"color": COLOURS[i], "hatch": HATCHES[i % 4], "ec": "white"}
