@@ -36,7 +36,7 @@ from minimoe.adapt import adapt, adapters, count, grow, parameters
 from minimoe.continual.learn import score, train
 from minimoe.continual.metrics import acc, bwt
 from minimoe.continual.streams import make
-from minimoe.lesson import claim, figures, learn, predict, shipped
+from minimoe.lesson import claim, expect, figures, learn, predict, shipped
 from minimoe.tools.exercise import exercise
 
 torch.set_num_threads(1)
@@ -125,6 +125,11 @@ print(f"it trains {layer.A.numel() + layer.B.numel()} numbers; W0 has {layer.bas
 # %% [markdown]
 # **Write.** The whole update of a layer as one matrix (O, D), so that y = x (W0 + update)ᵀ + bias.
 # `layer.rows("A")` and `layer.rows("B")` have all keys and values; `layer.scale` may be anything.
+#
+# <details><summary>Hint</summary>
+# x goes through Aᵀ (D, R) first, then through B (R, O). The matrix that you return is transposed
+# before x is multiplied with it.
+# </details>
 
 
 # %% exercise 1
@@ -135,18 +140,27 @@ def update_matrix(layer):
 # %%
 with exercise("1"):
     for tasks, scale in ((1, 1.0), (3, 0.5)):
-        trial = LoRA(nn.Linear(20, 20), rank=3, scale=scale)
+        trial = LoRA(nn.Linear(6, 6), rank=2, scale=scale)
         for task in range(tasks):
             if task:
                 trial.grow()
             nn.init.normal_(trial.B)
-        matrix, inputs = update_matrix(trial), torch.randn(50, 20)
-        mine = F.linear(inputs, trial.base.weight + matrix, trial.base.bias)
-        wrong = f"scale {scale}, {3 * tasks} ranks: the outputs differ from the layer's"
-        assert torch.allclose(mine, trial(inputs), atol=1e-3), wrong
+        A, B, W0 = trial.rows("A"), trial.rows("B"), trial.base.weight
+        slips = {
+            "The scale is left out.": B.T @ A,
+            "This is the transposed, (D, O).": scale * A.T @ B,
+            "Older ranks are left out: layer.rows has all.": scale * trial.B.T @ trial.A,
+            "W0 is in it: return what is added to W0.": W0 + scale * B.T @ A,
+        }
+        want = (trial(torch.eye(6)) - trial.base(torch.eye(6))).T  # column d: what input d adds
+        expect(f"scale {scale}, {2 * tasks} ranks", update_matrix(trial), want, slips=slips)
 
 # %% [markdown]
 # **Write.** The largest rank at which LoRA trains at most a given share of a layer's D · O weights.
+#
+# <details><summary>Hint</summary>
+# One rank is a row of A and a row of B: D + O numbers.
+# </details>
 
 
 # %% exercise 2
@@ -293,6 +307,11 @@ figures.bars(states, ["task 1", "task 2"], "accuracy")
 # keys (r, D) and old inputs (N, D), N < D, return keys of the same shape whose product with every
 # old input is 0, and which still differ. (`old.pinverse() @ old` projects on the span of the old
 # inputs.) Then give it more old inputs than D: what is left of the keys?
+#
+# <details><summary>Hint</summary>
+# Each key is the sum of its part in the span of the old inputs and the rest. Which part is 0 to
+# every old input?
+# </details>
 
 
 # %% exercise 3

@@ -1,747 +1,622 @@
 # %% [markdown]
-# # MoRA: ranks that choose themselves by what they see
+# # MoRA: weights from products that are there anyway
 #
-# One gate, followed with numbers that fit on paper: each line of code stands beside its equation
-# in the paper (Lu et al., [2506.21035](https://arxiv.org/abs/2506.21035), eq. 5-8) and is held
-# against `minimoe.MoRA`. Then what its three settings do, what growth does to old answers, and
-# where the method wins and where it does not. Before this: 01 (LoRA) and 02 (LoRA-MoE). Half a
-# minute on a laptop.
+# **Goals.** At the end you can
+#
+# 1. compute MoRA's weights by hand, and write its whole layer;
+# 2. say what each setting does to a weight, and what the sign and the length of a product do;
+# 3. change the outputs for old inputs without a change of any old number, and name data on which
+#    that happens by itself.
+#
+# **Time.** 60 minutes in class and 30 at home, of which the computer needs half a minute.
+# **You need** notebook 01; 00 and 02 are a good start.
+
+# %% install
+from importlib.util import find_spec
+
+from IPython import get_ipython
+
+SOURCE = "minimoe-0.1.0-py3-none-any.whl"  # the teacher sets it: a wheel, or git+URL@TAG
+NEEDED = "torch numpy matplotlib sklearn safetensors hypothesis joblib pydantic scipy tqdm "
+NEEDED += "typing_extensions"
+if find_spec("minimoe") is None:
+    get_ipython().run_line_magic("pip", f"install -q --no-deps {SOURCE}")
+missing = [name for name in NEEDED.split() if find_spec(name) is None]
+print(*missing, "to be installed (sklearn: scikit-learn)" if missing else "nothing is missing")
 
 # %%
 import copy
 import inspect
-import math
+from dataclasses import replace
+from math import log
+from statistics import mean
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from minimoe import LoRA, MoRA, laws
-from minimoe.adapt import adapt, grow, parameters
-from minimoe.continual import streams
-from minimoe.continual.baselines import ClassMean, Joint
-from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, score, train
-from minimoe.continual.metrics import acc, bwt
-from minimoe.continual.probe import Recorder, dense_gate
+from minimoe import LoRA, MoRA
+from minimoe.adapt import adapters, grow
+from minimoe.continual.baselines import ClassMean
+from minimoe.continual.closed import OwnRidge
+from minimoe.continual.learn import run_stream, score
+from minimoe.continual.metrics import acc
+from minimoe.continual.probe import dense_gate
+from minimoe.continual.streams import make
+from minimoe.lesson import claim, expect, figures, learn, numbers, predict, shipped
 from minimoe.tools.exercise import exercise
-from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
 torch.manual_seed(0)
-plt.rcParams["figure.dpi"] = 80
-wide = {"dtype": torch.float64, "device": device}
+
+# %% picture alt="Five boxes in a row: x, z, s, g, y. s and g are marked as today's."
+figures.equation(today="sg")
 
 # %% [markdown]
-# ## One layer by hand
+# The steps from a layer's input x to its output y. In notebook 01 s and g were left out, as if
+# every g were 1. Today z makes s, and s makes g.
+
+# %% [markdown]
+# ## 1. From three products to three weights (10 min)
 #
-# Rank $i$ is a pair: a key `A[i]`, which looks at the input, and a value `B[i]`, which is added to
-# the output. In MoRA each rank is an expert of its own, and its dot product with the input,
-# $z_i = x \cdot A_i$, also sets its weight. There is no router.
+# A **rank** is a pair of rows: its **key**, a row of A, is multiplied with the input; its
+# **value**, a row of B, is added to the output, times that product. (Both are not attention's.) A
+# **gate** gives each rank a weight that depends on the input. An **expert** is a group of ranks
+# with one weight, and a **router** is a matrix that is trained to choose experts.
 #
-# The layer below has three ranks, the first two frozen, as if each had been learned by a task of
-# its own. Width in and out is 2, and the frozen layer $W_0$ is the identity.
+# MoRA (Lu et al., [2506.21035](https://arxiv.org/abs/2506.21035)) has no router. Each rank is an
+# expert of its own, and its product z with the input, which is there anyway, also sets its weight.
+# Here are three ranks and one input.
+
+# %% z
+A = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.5, -1.0]])  # keys (R, D)
+B = torch.tensor([[4.0, 0.0], [5.0, 5.0], [0.0, 2.0]])  # values (R, O)
+x = torch.tensor([2.0, -3.0])
+z = x @ A.T  # one number per rank: 1 · 2, then 1 · (-3), then 1.5 · 2 + 1 · 3
+print("z =", z.tolist())
+
+# %% [markdown]
+# Equation 5 of the paper: the **score** of a rank is its part of s = z / ‖z‖. The norm is over all
+# ranks, old and new. Here ‖z‖ = √(4 + 9 + 36) = 7, and s = (2/7, -3/7, 6/7).
+
+# %% s
+s = z / z.norm()  # eq. 5
+print("s =", [round(value, 3) for value in s.tolist()])
+
+# %% [markdown]
+# Equation 6: keep the k largest scores. Let k = 2. **Predict**: rank 2 is kept. Which is the other
+# one, 0 or 1?
+
+# %% predict-1
+other = predict("the other rank that is kept", None)
+
+# %% kept
+kept = s.topk(2).indices  # eq. 6
+other.beside(kept[1].item())
+
+# %% [markdown]
+# Rank 0 is kept, with 2/7, and not rank 1, with -3/7. The sign decides, not the size.
+#
+# Equation 7: the weights are a softmax over the kept scores, divided by the **temperature** τ. The
+# smaller τ is, the sharper is the softmax. The two scores are 4/7 apart. With τ = 4 / (7 ln 3) that
+# is ln 3 after the division, so one weight is 3 times the other.
+#
+# Equation 8: in evaluation only, a kept rank with a score below the **threshold** δ gets weight 0.
+# The other weights are not rescaled. Let δ = .5.
+
+# %% w
+tau = 4 / (7 * log(3))
+w = torch.zeros(3)
+w[kept] = (s[kept] / tau).softmax(-1)  # eq. 7
+g = w * (s >= 0.5)  # eq. 8
+print("w =", [round(value, 3) for value in w.tolist()])
+print("g =", [round(value, 3) for value in g.tolist()])
+
+# %% [markdown]
+# In training the weights are .25, 0 and .75. In evaluation 2/7 is below .5, and 0, 0 and .75 are
+# left. They sum to .75: the layer adds less where no score is large. If all are 0, it adds nothing.
+#
+# **Complete**, on paper. z = (4, -8, 1), k = 2, τ = 1 / (3 ln 4), δ = .2. Return two tuples of
+# three numbers: the weights in training, and those in evaluation.
+#
+# <details><summary>Hint 1</summary>
+# ‖z‖ is a whole number. How far apart are the two kept scores, and what is that divided by τ?
+# </details>
+
+
+# %% exercise 1
+def weights_by_hand():
+    raise NotImplementedError
+
 
 # %%
-A = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.5, -1.0]], **wide)  # keys (R, D)
-B = torch.tensor([[4.0, 0.0], [5.0, 5.0], [0.0, 2.0]], **wide)  # values (R, O)
+with exercise("1"):
+    by_size, kept_norm = (0.996, 0.004, 0), (0.954, 0, 0.046)
+    slips = {
+        "Kept by size: sign decides, so the two largest are 4/9 and 1/9.": (by_size, (0.996, 0, 0)),
+        "The norm is over the kept ranks: it is over all three, 9.": (kept_norm, kept_norm),
+        "δ acts in training: it acts in evaluation only.": ((0.8, 0, 0), (0.8, 0, 0)),
+        "1/9 is below δ: δ is compared with s, not with w.": ((0.8, 0, 0.2), (0.8, 0, 0.2)),
+        "Rescaled after δ: what is left is not.": ((0.8, 0, 0.2), (1, 0, 0)),
+        "The larger score has the larger weight.": ((0.2, 0, 0.8), (0, 0, 0.8)),
+    }
+    want = (0.8, 0, 0.2), (0.8, 0, 0)
+    expect("z = (4, -8, 1), training, evaluation", weights_by_hand(), want, 0.002, slips)
+
+# %% [markdown]
+# ## 2. The whole layer (11 min)
+#
+#     y = x W0ᵀ + scale · (g ⊙ z) B
+#
+# The z in it is the product, not the score: at the same weight, twice the z adds twice as much.
+# What is added to x W0ᵀ is the **update**; the scale is 1 here. If W0 is the identity, then in
+# training y = (2, -3) + .25 · 2 · (4, 0) + .75 · 6 · (0, 2) = (4, 6). In evaluation, without the
+# first of the two, y = (2, 6).
+#
+# The same layer in the package. Its first two ranks are **frozen**: training does not change them.
+# The third is **live**: it is trained. A **task** is one of the things that are learned in turn;
+# `grow` ends it: all ranks are frozen, and new ones are added.
 
 
-def by_hand(**settings):
-    """A MoRA layer of one rank a task, after three tasks, that holds A and B."""
-    base = nn.Linear(2, 2, bias=False, **wide)
-    nn.init.eye_(base.weight)
-    layer = MoRA(base, rank=1, **settings)
+# %% layer
+def three_ranks(**settings):
+    """A MoRA layer with the three ranks above."""
+    layer = MoRA(nn.Linear(2, 2, bias=False), rank=1, **settings)
     layer.grow()
     layer.grow()
     with torch.no_grad():
+        layer.base.weight.copy_(torch.eye(2))
         layer.frozen_A.copy_(A[:2])
-        layer.A.copy_(A[2:])
         layer.frozen_B.copy_(B[:2])
+        layer.A.copy_(A[2:])
         layer.B.copy_(B[2:])
     return layer
 
 
-tau = 4 / (7 * math.log(3))  # .52, so that the weights below come out round
-layer = by_hand(top_k=2, tau=tau, delta=0.5)
-x = torch.tensor([2.0, -3.0], **wide)
-print(layer)
-assert layer.ranks == 3
-assert torch.equal(layer.keys, A)
+layer = three_ranks(top_k=2, tau=tau, delta=0.5)
+print("training:  ", [round(value, 3) for value in layer(x).tolist()])
+print("evaluation:", [round(value, 3) for value in layer.eval()(x).tolist()])
 
 # %% [markdown]
-# **What every rank sees.** $z = x A^T$, one number per rank:
-# $1 \cdot 2$, then $1 \cdot (-3)$, then $1.5 \cdot 2 + 1 \cdot 3$.
-
-# %%
-z = x @ A.T
-print("z    ", z.tolist())
-assert z.tolist() == [2, -3, 6]
-
-# %% [markdown]
-# **Eq. 5: the score.** $s = z / \lVert z \rVert_2$, the norm being over all ranks, old and new.
-# Here $\lVert z \rVert = \sqrt{4 + 9 + 36} = 7$.
-
-# %%
-norm = z.norm()
-s = z / norm  # eq. 5
-print("‖z‖  ", norm.item())
-print("s    ", s.cpu().numpy().round(3), "= 2/7, -3/7, 6/7")
-assert math.isclose(norm.item(), 7)
-assert torch.allclose(s.norm(), torch.ones((), **wide))
-
-# %% [markdown]
-# **Eq. 6: keep the k largest.** By sign, not by size: with $k = 2$ rank 1 is out, though
-# $|-3/7|$ is more than $2/7$.
-
-# %%
-kept = s.topk(2).indices  # eq. 6
-print("kept ", kept.tolist())
-assert kept.tolist() == [2, 0]
-assert s.abs().topk(2).indices.tolist() == [2, 1]  # what size would have kept
-
-# %% [markdown]
-# **Eq. 7: the weights.** A softmax over the kept scores, sharpened by the temperature:
-# $w = \mathrm{softmax}(s_{kept} / \tau)$. The two scores are $4/7$ apart, and $\tau$ is
-# $4 / (7 \ln 3)$, so one weight is 3 times the other.
-
-# %%
-w = torch.zeros(3, **wide)
-w[kept] = (s[kept] / tau).softmax(-1)  # eq. 7
-print("w    ", w.cpu().numpy().round(3))
-assert torch.allclose(w, torch.tensor([0.25, 0, 0.75], **wide))
-
-# %% [markdown]
-# **Eq. 8: the threshold.** In evaluation only, a kept rank with $s_i < \delta$ gets weight 0. The
-# other weights are not rescaled: here they sum to .75. If all are 0, the output is the base
-# layer's.
-
-# %%
-g = w * (s >= layer.delta)  # eq. 8
-print("g    ", g.cpu().numpy().round(3))
-assert torch.allclose(g, torch.tensor([0, 0, 0.75], **wide))
-
-# %% [markdown]
-# **The output.** $y = x W_0^T + \mathrm{scale} \cdot (g \odot z) B$. The raw $z$ is multiplied in,
-# not $s$: doubling $z_i$ at the same weight doubles what rank $i$ adds.
+# **Write.** The layer's output in evaluation for one input x (D,), with W0 (O, D), A (R, D) and
+# B (R, O); the scale is 1, and there is no bias.
 #
-# In training $y = (2, -3) + .25 \cdot 2 \cdot (4, 0) + .75 \cdot 6 \cdot (0, 2) = (4, 6)$, and in
-# evaluation, without the first of the two ranks, $(2, 6)$. The package's layer says the same.
+# <details><summary>Hint 1</summary>
+# Six steps: z, s, the kept, w, g, y. Section 1 has five of them, with numbers in place of k and δ.
+# </details>
+# <details><summary>Hint 2</summary>
+# A vector x times W0ᵀ is `x @ W0.T`. For R ranks, w starts as `torch.zeros(len(A))`.
+# </details>
 
-# %%
-for mode, weights, answer in ((True, w, [4.0, 6.0]), (False, g, [2.0, 6.0])):
-    layer.train(mode)
-    y = x @ layer.base.weight.T + layer.scale * (weights * z) @ B
-    print("training  " if mode else "evaluation", y.detach().cpu().numpy().round(6))
-    assert torch.allclose(y, torch.tensor(answer, **wide))
-    assert torch.allclose(layer(x), y)  # the package's forward pass
-    idx, g_kept, z_kept, *_ = layer.gate(x)  # its gate: kept ranks, weights, what they see
-    assert idx.tolist() == kept.tolist()
-    assert torch.allclose(g_kept, weights[idx])
-    assert torch.allclose(z_kept, z[idx])
-    assert torch.allclose(dense_gate(layer, x), weights)  # the same, with zeros for the others
-
-# %% [markdown]
-# **The same in the package**, each line beside its equation. `project` gives $z = x A^T$ over all
-# rows, `kept` is $k$, or R if there are fewer ranks. The other branch is the same in one pass,
-# which pays in large layers (notebook 05).
-
-# %%
-lines = inspect.getsource(MoRA.gate)
-print(lines)
-assert all(f"# eq. {number}" in lines for number in (5, 6, 7, 8))
-
-# %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-for i, key in enumerate(A.cpu().numpy()):
-    left.annotate("", key, (0, 0), arrowprops={"arrowstyle": "-|>", "color": COLOURS[i], "lw": 2})
-    left.text(*(key + 0.35 * key / np.hypot(*key)), f"A[{i}]", color=COLOURS[i], ha="center")
-left.annotate("", (2, -3), (0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 2})
-left.text(2.25, -3, "x")
-left.set(xlim=(-1.5, 3.5), ylim=(-3.4, 1.8), aspect="equal", xlabel="input 1", ylabel="input 2")
-left.set_title("Key 2 points nearest to x", fontsize=10)
-left.grid(alpha=0.3)
-steps = {"s (eq. 5)": s, "w (eq. 7)": w, "g, δ = .5 (eq. 8)": g}
-for i in range(3):
-    heights = [step[i].item() for step in steps.values()]
-    right.bar(np.arange(3) + 0.25 * (i - 1), heights, 0.22, color=COLOURS[i], label=f"rank {i}")
-right.axhline(0, color="black", lw=0.8)
-right.set_xticks(range(3), steps)
-right.set(ylabel="score, weight", ylim=(-0.6, 1))
-right.legend(loc="lower right", fontsize=8, frameon=False)
-right.set_title("Sign decides who is kept, δ who speaks", fontsize=10)
-plt.show()
-
-# %% [markdown]
-# ## tau and k: how many ranks share the weight
-#
-# The score does not depend on the length of $x$, only on where it points. In two dimensions that is
-# one angle, so a gate is a set of curves. Below, the same three keys; a dotted line is the angle of
-# a key.
-
-# %%
-angle = torch.arange(0, 360, 0.5, **wide)
-circle = torch.stack([angle.deg2rad().cos(), angle.deg2rad().sin()], -1)  # (720, D)
-key_angle = np.rad2deg(np.arctan2(*A.cpu().numpy().T[::-1])) % 360
-
-
-@torch.no_grad()
-def curves_of(axes, layer):
-    """One gate's weights as x goes round."""
-    g = dense_gate(layer, circle).cpu().numpy()
-    for i in range(3):
-        axes.plot(angle.cpu(), g[:, i], color=COLOURS[i], label=f"rank {i}", lw=2)
-        axes.axvline(key_angle[i], color=COLOURS[i], ls=":", lw=1.2)
-    axes.set(xlim=(0, 360), ylim=(-0.02, 1.02))
-    axes.set_xticks([0, 90, 180, 270, 360])
-
-
-panels = ((3, 0.02), (3, 0.2), (3, 10), (1, 0.2))
-figure, grid = plt.subplots(1, 4, figsize=(8, 2.5), sharey=True, layout="constrained")
-for axes, (k, value) in zip(grid, panels, strict=True):
-    curves_of(axes, by_hand(top_k=k, tau=value).train())
-    axes.set_title(f"k = {k}, τ = {value}", fontsize=10)
-grid[2].legend(fontsize=8, loc="upper right", frameon=False)
-grid[0].set_ylabel("weight w")
-figure.supxlabel("angle of x in degrees", fontsize=10)
-plt.show()
-
-# %% [markdown]
-# A small $\tau$ lets one rank take all, a large one makes all alike. With $k = 1$ the one kept
-# weight is always 1, whatever it saw.
-
-# %%
-with torch.no_grad():
-    sharp, flat, one = (
-        dense_gate(by_hand(top_k=k, tau=t).train(), circle)
-        for k, t in ((3, 0.02), (3, 10), (1, 0.2))
-    )
-decided = (sharp.max(-1).values > 0.95).double().mean().item()
-print(f"τ = .02: one rank has more than .95 of the weight at {decided:.0%} of all angles")
-assert decided > 0.8
-assert (flat - 1 / 3).abs().max() < 0.05
-assert torch.equal(one.sort(-1).values, torch.tensor([0.0, 0, 1], **wide).expand(720, 3))
-
-# %% [markdown]
-# Keys are not normalised. Of two keys that point the way $x$ does, the longer one has the larger
-# score. So a rank can win by being long:
-
-# %%
-longer = by_hand(top_k=1)
-with torch.no_grad():
-    longer.frozen_A[0] *= 10
-probe = torch.tensor([1.0, 1.5], **wide)  # z = (1, 1.5, 0): rank 1 sees most
-print("winner", layer.gate(probe).idx[0].item(), "and with A[0] ten times as long:", end=" ")
-print(longer.gate(probe).idx[0].item())
-assert layer.gate(probe).idx[0] == 1
-assert longer.gate(probe).idx[0] == 0
-
-# %% [markdown]
-# ## delta: when no rank gets weight
-#
-# On the left, the sum of weights in evaluation, for every angle of $x$ and every $\delta$: where it
-# is 0 the layer is $W_0$ alone. The score is signed, so an input that every key points away from
-# ($z_i < 0$ for all $i$) gets no rank at $\delta = 0$ already.
-#
-# On the right, what one $\delta$ means as ranks are added. As $\lVert s \rVert = 1$, the largest of
-# many scores is small: for random keys and inputs it falls roughly as $\sqrt{2 \ln R / R}$. At the
-# paper's $\delta = .2$ nearly every random input keeps a rank among up to 64 random ones, and
-# hardly one does among 512.
-
-# %%
-deltas = torch.linspace(-1.05, 1.05, 105).tolist()
-with torch.no_grad():
-    total = np.stack(
-        [
-            dense_gate(by_hand(top_k=2, tau=0.2, delta=d).eval(), circle).sum(-1).cpu()
-            for d in deltas
-        ]
-    )
-    sizes, scores, silent = [8, 16, 32, 64, 128, 256, 512, 1024], [], []
-    x64 = torch.randn(500, 64, device=device)
-    random = MoRA(nn.Linear(64, 64, device=device), rank=8, top_k=8, tau=0.1, delta=0.2).eval()
-    for R in sizes:
-        while random.ranks < R:
-            random.grow()
-        z64 = x64 @ random.keys.T
-        scores.append((z64 / z64.norm(dim=-1, keepdim=True)).max(-1).values.mean().item())
-        silent.append((dense_gate(random, x64).sum(-1) == 0).double().mean().item())
-print("share of random inputs that are silent, by R:", dict(zip(sizes, silent, strict=True)))
-assert (total[0] > 0.999).all()  # below -1, delta never prunes
-assert (total[-1] == 0).all()  # above 1, always: s is at most 1
-away = (circle @ A.T).max(-1).values.cpu().numpy() < 0
-at_0 = (
-    dense_gate(by_hand(top_k=2, tau=0.2, delta=0.0).eval(), circle).detach().sum(-1).cpu().numpy()
-)
-assert 0 < away.mean() < 0.5
-assert (at_0[away] == 0).all()
-assert max(silent[:4]) < 0.1
-assert min(silent[-2:]) > 0.95
-assert scores == sorted(scores, reverse=True)
-
-# %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-shade = left.imshow(
-    total, origin="lower", extent=(0, 360, deltas[0], deltas[-1]), aspect="auto", cmap="cividis"
-)
-figure.colorbar(shade, ax=left, label="Σ g in evaluation")
-left.set(xlabel="angle of x in degrees", ylabel="δ", xticks=[0, 90, 180, 270, 360])
-left.set_title("Where δ silences the layer (dark)", fontsize=10)
-right.plot(sizes, scores, color=COLOURS[0], marker=MARKERS[0], label="largest s, mean")
-right.plot(sizes, silent, color=COLOURS[2], marker=MARKERS[1], label="share silent at δ = .2")
-right.axhline(0.2, color="black", lw=0.8, ls="--")
-right.set_xscale("log", base=2)
-right.set_xticks(sizes, sizes)
-right.set(xlabel="random ranks in all, R", ylabel="score, share", ylim=(-0.03, 1.03))
-right.legend(fontsize=8, loc="upper left", frameon=False)
-right.set_title("The same δ prunes more among more ranks", fontsize=10)
-plt.show()
-
-# %% [markdown]
-# Move the three settings, where `ipywidgets` is installed and the notebook is running:
-
-# %%
-try:
-    from ipywidgets import interact
-except ImportError:
-    print("for the sliders: pip install ipywidgets")
-else:
-
-    @interact(tau=(0.02, 1.0, 0.02), top_k=(1, 3), delta=(-1.0, 1.0, 0.05))
-    def turn(tau=0.2, top_k=2, delta=0.2):
-        axes = plt.figure(figsize=(5, 2), layout="constrained").subplots()
-        curves_of(axes, by_hand(top_k=top_k, tau=tau, delta=delta).eval())
-        axes.set(xlabel="angle of x in degrees", ylabel="g in evaluation")
-        plt.show()
-
-
-# %% [markdown]
-# ## What follows from the equations
-#
-# **Length does not count, sign does.** $cx$ has the weights of $x$ for every $c > 0$, and $-x$ has
-# others.
-
-# %%
-layer.train()
-assert torch.allclose(dense_gate(layer, 1000 * x), w)
-print("x", layer.gate(x).idx.tolist(), " -x", layer.gate(-x).idx.tolist())
-assert layer.gate(-x).idx.tolist() == [1, 0]  # z = (-2, 3, -6): by sign, ranks 1 and 0
-
-# %% [markdown]
-# **LoRA is inside.** With all ranks kept and $\tau \to \infty$ every weight is $1/R$, and the layer
-# is dense LoRA with its scale divided by $R$.
-
-# %%
-everyone = by_hand(top_k=3, tau=1e12).train()
-lora = LoRA(copy.deepcopy(everyone.base), rank=1, scale=1 / 3)
-lora.load_state_dict(everyone.state_dict())
-drawn = torch.randn(100, 2, **wide)
-assert torch.allclose(everyone(drawn), lora(drawn))
-# for any sizes, drawn ones: the package's own law of it
-row = laws.hold(laws.degenerates_to_lora, MoRA)
-print(row)
-assert row.verdict == "held"
-
-# %% [markdown]
-# **Who gets a gradient.** A rank that is not kept has weight 0, so its value has a gradient of
-# exactly 0. Its key does get one, because $z_j$ is part of $\lVert z \rVert$, and so of the scores
-# of the kept,
-#
-# $$\frac{\partial s_i}{\partial z_j} = -\frac{s_i s_j}{\lVert z \rVert} \quad (i \ne j).$$
-#
-# With `detach_gate=True` the weights are constants in the backward pass, and the key's is 0 too.
-# That is another method, not a cheaper way to the same gradient; it is this package's, not the
-# paper's.
-
-# %%
-torch.manual_seed(0)
-token = torch.randn(1, 64, **wide)
-gradients = {}
-for detach in (False, True):
-    torch.manual_seed(1)
-    big = MoRA(nn.Linear(64, 64, **wide), rank=16, top_k=4, tau=0.1, detach_gate=detach)
-    nn.init.normal_(big.B)
-    chosen = torch.zeros(16, dtype=torch.bool, device=device)
-    chosen[big.gate(token).idx] = True
-    big(token).square().sum().backward()
-    gradients[detach] = (big.A.grad.norm(dim=-1), big.B.grad.norm(dim=-1))
-    assert (big.B.grad[~chosen] == 0).all()
-    assert (big.B.grad[chosen].norm(dim=-1) > 0).all()
-keys, values = gradients[False]
-assert (keys[~chosen] > 0).all()
-ratio = (keys[~chosen].mean() / keys[chosen].mean()).item()
-print(f"key gradients, not kept to kept: {ratio:.3f}; with a detached gate:", end=" ")
-print(gradients[True][0][~chosen].max().item())
-assert ratio < 0.5
-assert (gradients[True][0][~chosen] == 0).all()
-
-# %%
-figure, grid = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
-order = torch.argsort(chosen.int(), descending=True).cpu()
-places = np.arange(1, 17)
-for axes, i in zip(grid, (1, 0), strict=True):
-    for detach, style in ((False, 0), (True, 2)):
-        axes.plot(
-            places,
-            (gradients[detach][i] / gradients[False][i].max()).cpu()[order],
-            ls="",
-            marker=MARKERS[style],
-            color=COLOURS[style],
-            ms=5 if detach else 9,
-            mfc=COLOURS[style] if detach else "none",
-            label="detached gate" if detach else "exact",
-        )
-    axes.axvline(4.5, color="black", lw=0.8, ls="--")
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.set(xlabel="rank: 4 that are kept, then 12 that are not", ylim=(-3e-4, 2))
-    axes.set_xticks([1, 4, 8, 12, 16])
-    axes.set_yticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", ".001", ".01", ".1", "1"])
-grid[0].set_ylabel("length of gradient ÷ largest")
-grid[0].set_title("Values: 0 for all that are not kept", fontsize=10)
-grid[1].set_title("Keys: small, and not 0 unless detached", fontsize=10)
-grid[0].legend(fontsize=8, loc="upper right", frameon=False)
-plt.show()
-
-# %% [markdown]
-# ## A new task: growth moves old answers
-#
-# When a task ends, `grow` freezes all ranks and adds fresh ones, whose values are 0. The frozen
-# ones keep every bit. But the fresh keys enter $\lVert z \rVert$ and compete for the $k$ places, so
-# old inputs get other weights before any fresh rank has learned anything. This drift is part of the
-# method and needs no training. For keys and inputs drawn at random it is large:
-
-# %%
-torch.manual_seed(0)
-untrained = MoRA(nn.Linear(64, 64, **wide), rank=8, top_k=8, tau=0.1)
-nn.init.normal_(untrained.B)
-drawn = torch.randn(500, 64, **wide)
-with torch.no_grad():
-    update = untrained(drawn) - untrained.base(drawn)
-    untrained.grow()
-    update_grown = untrained(drawn) - untrained.base(drawn)
-    moved = ((update_grown - update).norm(dim=-1) / update.norm(dim=-1)).mean().item()
-print(f"growth moves the update of random ranks by {moved:.0%} of its length")
-assert torch.equal(untrained.frozen_A, untrained.keys[:8])
-assert (untrained.B == 0).all()
-assert 0.15 < moved < 0.9
-
-# %% [markdown]
-# Trained keys score higher on their own inputs than new keys do, and then growing changes little.
-# Below, a small network of three layers learns a task (digits with permuted pixels), grows, and
-# learns a second one; `Recorder` looks at the first task's inputs each time. Its drift is how far a
-# layer's output has moved, in units of the update that the first task taught it; its turnover, the
-# share of the update that comes from other ranks than before.
-
-# %%
-SEED, EPOCHS = 1, 6
-settings = {"rank": 8, "top_k": 8, "tau": 0.1, "delta": 0.2}
-stream = streams.make("permuted-digits", tasks=5, seed=SEED)
-backbone = pretrain(stream, SEED, device)
-first, second = (task.to(device) for task in stream.tasks[:2])
-
-torch.manual_seed(SEED)
-model = adapt(copy.deepcopy(backbone), MoRA, targets=r"fc\d", **settings)
-probes = first.x_test[:64]
-recorder = Recorder([probes] * 3)  # three looks at the same inputs
-recorder.record(model)
-train(model, parameters(model), first, EPOCHS, SEED)
-learned_keys, learned_values = model.fc1.A.detach().clone(), model.fc1.B.detach().clone()
-recorder.record(model)
-
-
-@torch.no_grad()
-def accuracy(task):
-    return score(model.eval()(task.x_test), task.y_test)
-
-
-before = accuracy(first)
-grow(model)
-recorder.record(model)
-grown = accuracy(first)
-assert torch.equal(model.fc1.frozen_A, learned_keys)
-train(model, parameters(model), second, EPOCHS, SEED + 1)
-recorder.record(model)
-after = accuracy(first)
-assert torch.equal(model.fc1.frozen_A, learned_keys)  # bit for bit, also after training
-assert torch.equal(model.fc1.frozen_B, learned_values)
-
-drift = recorder.records["drift"][1:, 0].tolist()
-turnover = recorder.records["turnover"][1:, 0].tolist()
-fresh = recorder.records["mass"][3, 0, 1].item()  # of the ranks grown between looks 1 and 2
-newcomers = recorder.records["mass"][2, 0, 1].item()
-names = ("learning it", "growth alone", "the next task")
-for name, d, t, a in zip(names, drift, turnover, (before, grown, after), strict=True):
-    print(f"after {name:14} drift {d:.3f}  said by others {t:.3f}  accuracy on task 1 {a:.3f}")
-print(f"old inputs' weight on the fresh ranks: {newcomers:.4f}, once these are trained {fresh:.4f}")
-assert drift[0] == 0
-assert 0 < drift[1] < 0.1
-assert drift[1] < drift[2] < 0.3
-assert 0 < newcomers < 0.05
-assert before > 0.8
-assert abs(grown - before) < 0.05
-assert after > before - 0.15
-
-# %% [markdown]
-# So growth alone changes a trained layer's outputs, but not by much, and the accuracy hardly
-# changes. Learning the next task moves them further, though no frozen rank changes: the trained new
-# ranks win some weight from old inputs.
-#
-# ## A, B, C, and A again
-#
-# The stream `repeat` shows three tasks, then the first again. The layers are not told. At the end,
-# which ranks have the weight for the last task's inputs? `records["mass"][i, j, t]` of a run is the
-# share of gate weight that inputs of task j give to the ranks of task t once i tasks are learned.
-
-# %%
-repeat = streams.make("repeat", tasks=4, seed=SEED)
-assert torch.equal(repeat.tasks[0].x_test, repeat.tasks[-1].x_test)
-assert torch.equal(repeat.base.x_train, stream.base.x_train)  # so the same backbone serves
-
-
-def mora(model, stream):
-    return AdapterLearner(model, MoRA, **settings)
-
-
-again = run_stream(mora, backbone, repeat, SEED, EPOCHS, device)
-mass = np.array(again.records["mass"])  # (J + 1, J, J)
-print("inputs of A, by the task that learned the ranks:", mass[-1, -1].round(3))
-print("accuracy on A:", [round(row[0], 3) for row in again.matrix])
-assert np.allclose(mass[-1].sum(-1), 1)
-assert mass[-1, -1, 0] > 0.6
-assert mass[-1, -1].argmax() == 0
-assert mass[-1, -1, 0] > mass[-1, -1, 3] + 0.3
-
-# %%
-figure, grid = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-labels = ["A", "B", "C", "A again"]
-shade = heat_map(grid[0], mass[-1], "Old ranks of A fire again")
-grid[0].set_xticks(range(4), labels)
-grid[0].set_yticks(range(4), labels)
-grid[0].set(xlabel="ranks of task", ylabel="inputs of task")
-figure.colorbar(shade, ax=grid[0], label="share of gate weight")
-bottom = np.zeros(4)
-for t in range(4):
-    part = np.nan_to_num(mass[1:, 0, t])
-    grid[1].bar(range(1, 5), part, 0.6, bottom=bottom, color=COLOURS[t], label=labels[t])
-    bottom += part
-grid[1].set(xlabel="tasks learned", ylabel="share, inputs of A", xticks=range(1, 5), ylim=(0, 1))
-grid[1].legend(title="ranks of", fontsize=8, bbox_to_anchor=(1, 1), frameon=False)
-grid[1].set_title("They had never lost A", fontsize=10)
-plt.show()
-
-# %% [markdown]
-# The ranks that learned A take most of the weight when it comes back, though fresh ranks were grown
-# for it. The task was not named: the scores of their keys suffice. (This is claim 2 of the
-# [findings](findings/findings.md), which holds there over five seeds.)
-#
-# ## Five tasks, beside LoRA
-#
-# One dense LoRA, which every task trains on, and MoRA, both with 8 ranks a task. Row i of a matrix
-# is after i tasks, column j is the accuracy on task j in per cent; a learner that forgets has a
-# bright diagonal and a dark triangle below it.
-
-# %%
-
-
-def lora(model, stream):
-    return AdapterLearner(model, LoRA, grows=False, rank=8)
-
-
-def joint(model, stream):
-    return Joint(model, stream, rank=8)  # 8 ranks a task, all tasks at once
-
-
-makers = {"lora": lora, "mora": mora, "class_mean": ClassMean, "joint": joint}
-
-
-def matrices_of(names, stream):
-    """The accuracy matrix of each learner."""
-    return {
-        name: np.array(run_stream(makers[name], backbone, stream, SEED, EPOCHS, device).matrix)
-        for name in names
-    }
-
-
-permuted = matrices_of(makers, stream)
-figure, grid = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
-for axes, name in zip(grid, ("lora", "mora"), strict=True):
-    matrix = permuted[name]
-    shade = heat_map(axes, matrix, f"{name}: ACC {acc(matrix):.2f}, BWT {bwt(matrix):+.2f}")
-    axes.set_xlabel("accuracy on task")
-grid[0].set_ylabel("tasks learned")
-figure.colorbar(shade, ax=list(grid), label="accuracy")
-plt.show()
-assert acc(permuted["mora"]) > acc(permuted["lora"]) + 0.2
-assert bwt(permuted["mora"]) > bwt(permuted["lora"]) + 0.3
-assert np.diag(permuted["lora"][1:]).mean() > 0.85  # LoRA learns each task, and loses it
-
-# %% [markdown]
-# ## Where it does not win
-#
-# Three streams, the same backbone and settings. `class_mean` trains nothing: a digit is named after
-# the nearest mean of frozen features. `joint` is one LoRA trained on all tasks at once, which a
-# stream does not allow.
-#
-# - `permuted-digits`: tasks share their images and labels, and differ in where each pixel is. MoRA
-#   comes close to `joint`.
-# - `rotated-digits`: neighbouring tasks look alike. Keys of a new task score high on inputs of an
-#   old one, and MoRA forgets far more.
-# - `split-digits`: each task shows two classes and never the others. MoRA is below `class_mean`,
-#   which learned nothing by gradient.
-
-# %%
-rotated = matrices_of(makers, streams.make("rotated-digits", tasks=5, seed=SEED))
-split = matrices_of(makers, streams.make("split-digits", tasks=5, seed=SEED))
-results = {"permuted-digits": permuted, "rotated-digits": rotated, "split-digits": split}
-print(f"{'ACC':16}", *(f"{name:>10}" for name in makers), f"{'BWT of mora':>13}")
-for name, matrices in results.items():
-    finals = [f"{acc(matrix):10.3f}" for matrix in matrices.values()]
-    print(f"{name:16}", *finals, f"{bwt(matrices['mora']):13.3f}")
-assert acc(permuted["mora"]) > acc(permuted["joint"]) - 0.1
-assert acc(rotated["mora"]) < acc(rotated["joint"]) - 0.1
-assert bwt(rotated["mora"]) < bwt(permuted["mora"]) - 0.08
-assert acc(split["mora"]) < acc(split["class_mean"]) - 0.1
-assert acc(split["mora"]) < acc(split["joint"]) - 0.1
-
-figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
-for i, name in enumerate(makers):
-    heights = [acc(matrices[name]) for matrices in results.values()]
-    axes.bar(np.arange(3) + 0.2 * (i - 1.5), heights, 0.17, color=COLOURS[i], label=name)
-axes.set_xticks(range(3), results)
-axes.set(ylabel="final mean accuracy (ACC)", ylim=(0, 1))
-axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-axes.set_title("MoRA nears joint training on one stream of three", fontsize=10)
-plt.show()
-
-# %% [markdown]
-# On `rotated-digits` the same layer forgets less if the weights are held constant in the backward
-# pass. This is one run; the study `why` has ten seeds of it, in the
-# [findings](findings/findings.md).
-
-# %%
-
-
-def detached_mora(model, stream):
-    return AdapterLearner(model, MoRA, detach_gate=True, **settings)
-
-
-makers["mora, detached"] = detached_mora
-detached = matrices_of(["mora, detached"], streams.make("rotated-digits", tasks=5, seed=SEED))
-detached = detached["mora, detached"]
-print(f"rotated-digits, BWT: exact {bwt(rotated['mora']):.3f}, detached {bwt(detached):.3f}")
-assert bwt(detached) > bwt(rotated["mora"])
-assert acc(detached) > acc(rotated["mora"])
-
-# %% [markdown]
-# These are single runs, with fewer epochs than `minimoe compare` has. Whether MoRA beats a router,
-# and at what equal cost, is not a question for one seed: the [findings](findings/findings.md) have
-# five, and a verdict on each of the paper's claims. Not all of them hold on these toys.
-#
-# ## Exercises
-#
-# **1.** A layer's ranks see $z = (4, -8, 1)$. With $k = 2$, $\tau = 1 / (3 \ln 4)$ and
-# $\delta = .2$: what are the three weights in training, and what in evaluation? Work them out on
-# paper and write six numbers.
-
-# %% exercise 1
-w_training = [None, None, None]
-w_evaluation = [None, None, None]
-
-# %%
-seer = MoRA(nn.Linear(3, 3, **wide), rank=3, top_k=2, tau=1 / (3 * math.log(4)), delta=0.2)
-with torch.no_grad():
-    seer.A.copy_(torch.eye(3))  # so z is x
-with exercise("1"):
-    seen = torch.tensor([4.0, -8.0, 1.0], **wide)
-    for mode, mine in ((True, w_training), (False, w_evaluation)):
-        words = "training" if mode else "evaluation"
-        assert None not in mine, f"the weights in {words} are missing"
-        there = dense_gate(seer.train(mode), seen)
-        off = (there - torch.tensor(mine, **wide)).abs().max().item()
-        assert off < 2e-3, f"in {words} a weight is off by {off:.2f}"
-
-# %% [markdown]
-# **2.** A layer's `delta` may silence it for inputs of no task. Write `window(layer, task, alien)`,
-# which returns two numbers, `low` and `high`: in evaluation, every input in `alien` is silent
-# exactly if `delta` is above `low`, and every input in `task` still speaks exactly if `delta` is at
-# most `high`. Use the score of eq. 5, with `layer.keys`.
 
 # %% exercise 2
+def mora_layer(x, W0, A, B, k, tau, delta):
+    raise NotImplementedError
 
 
-def window(layer, task, alien):
-    """(low, high), as Python floats."""
-    return 0.0, 1.0
+# %% [markdown]
+# The first cases below are the layer of above with δ = .5 and δ = .27, and the input -x. The others
+# are drawn, and compared with `minimoe.MoRA`.
+
+# %% slips
+SLIPS = {  # what y is, for x and δ = .5
+    "Kept by size: sign decides.": (2, 8.066),
+    "The norm is over the kept ranks: it is over all R.": (2, 6.256),
+    "There is no norm: the softmax is of s / τ, not of z / τ.": (2.004, 8.995),
+    "τ is left out: divide by it.": (2, 4.669),
+    "s is multiplied by τ: divide by it.": (2, 3.885),
+    "The softmax is over all R: take it over the kept.": (2, 5.464),
+    "δ is left out: this is the output in training.": (4, 6),
+    "Rescaled after δ: what is left is not.": (2, 9),
+    "(g ⊙ z) B has the product z, not the score s.": (2, -1.714),
+    "(g ⊙ z) B: z is left out.": (2, -1.5),
+    "x W0ᵀ is left out.": (0, 9),
+}
+SLIPS = {sentence: torch.tensor(y, dtype=torch.float) for sentence, y in SLIPS.items()}
+MORE = {
+    "δ was compared with w: compare it with s.": torch.tensor([2.0, 6.0]),
+    "δ was compared with the size of s: the sign counts.": torch.tensor([8.352, 14.969]),
+}
+
+# %%
+with exercise("2"):
+    rest = torch.eye(2), A, B, 2, tau
+    expect("x = (2, -3), δ = .5", mora_layer(x, *rest, 0.5), torch.tensor([2.0, 6.0]), slips=SLIPS)
+    expect("x = (2, -3), δ = .27", mora_layer(x, *rest, 0.27), torch.tensor([4.0, 6.0]), slips=MORE)
+    want = torch.tensor([9.969, 14.969])
+    expect("x = (-2, 3), δ = .27", mora_layer(-x, *rest, 0.27), want, slips=MORE)
+    for k, delta in ((1, 0.2), (3, 0.2), (4, 0.0), (2, 0.6)):
+        there = MoRA(nn.Linear(6, 5, bias=False), rank=4, top_k=k, tau=0.3, delta=delta).eval()
+        nn.init.normal_(there.B)
+        inputs = there.base.weight, there.A, there.B, k, 0.3, delta
+        for one in torch.randn(5, 6):
+            case = f"D = 6, O = 5, R = 4, k = {k}, δ = {delta}, x drawn"
+            expect(case, mora_layer(one, *inputs), there(one), 1e-4)
+
+# %% [markdown]
+# And the package's gate. As ‖z‖ is above 0, the k largest z have the k largest s, so it takes the
+# top k first. The `else` gives the same in one pass over large layers (notebook D1). Which line is
+# which of yours?
+
+# %% source
+print(inspect.getsource(MoRA.gate))
+
+# %% [markdown]
+# ## 3. τ, k, sign and length (7 min)
+#
+# All three ranks are kept (k = 3), and only τ changes.
+
+# %% tau alt="Bars for four temperatures: the weights of ranks 0, 1 and 2."
+groups = {}
+for t in (0.02, 0.2, 1, 100):
+    groups[f"τ = {t}"] = dense_gate(three_ranks(top_k=3, tau=t), x).tolist()
+figures.bars(groups, ["rank 0", "rank 1", "rank 2"], "weights in training, s = (.29, -.43, .86)")
+
+# %% [markdown]
+# At τ = .02 rank 2 has all the weight, at .2 it has .94, at 1 it has .54, and at 100 each has .33.
+# With k = 1 the one kept weight is 1 at every τ.
+#
+# So LoRA is inside: with all R ranks kept and τ → ∞, MoRA is LoRA with its scale divided by R.
+
+# %% inside
+flat = three_ranks(top_k=3, tau=1e9)
+lora = LoRA(copy.deepcopy(flat.base), rank=1, scale=1 / 3)
+lora.load_state_dict(flat.state_dict())
+apart = (flat(x) - lora(x)).abs().max().item()
+claim("MoRA at τ = 10⁹ differs from LoRA at scale 1/3 by at most 1e-5", apart, apart <= 1e-5)
+moved = (layer.train().gate(1000 * x).weight - layer.gate(x).weight).abs().max().item()
+claim("A thousand times x changes no weight by more than 1e-5", moved, moved <= 1e-5)
+print("ranks kept for x:", layer.gate(x).idx.tolist(), "and for -x:", layer.gate(-x).idx.tolist())
+
+# %% [markdown]
+# The length of x is divided out, its sign is not. The length of a key is not divided out either.
+# Take 8 random keys: each has the largest score for about 1/8 of random inputs. Now one key gets 10
+# times as long. **Predict**: for which share of the inputs does it have the largest score?
+
+# %% predict-2
+share_of_long = predict("share of inputs for which the long key is first", None)
+
+# %% long
+torch.manual_seed(0)
+eight, inputs = MoRA(nn.Linear(64, 64), rank=8, top_k=8, tau=0.1), torch.randn(2000, 64)
+with torch.no_grad():
+    before = (eight.gate(inputs).idx[:, 0] == 0).float().mean().item()
+    eight.A[0] *= 10
+    after = (eight.gate(inputs).idx[:, 0] == 0).float().mean().item()
+print(f"before: {before:.2f}")
+share_of_long.beside(after)
+
+# %% [markdown]
+# About .45: nearly wherever its product is above 0, which for random inputs is a half. Where it is
+# below 0, it is last. All other scores get smaller, as the norm is over all ranks.
+
+# %% [markdown]
+# ## 4. δ among many ranks (5 min)
+#
+# As ‖s‖ = 1, the squares of all scores sum to 1. The paper has δ = .2. **Predict**: with 512 random
+# ranks and random inputs, for which share of the inputs does no rank have a weight in evaluation?
+
+# %% predict-3
+without = predict("share of random inputs without any weight, 512 ranks", None)
+
+# %% many alt="Two lines over the number of ranks, 8 to 1024: largest score; share without weight."
+SIZES, lines = [8, 16, 32, 64, 128, 256, 512, 1024], {"largest score": [], "no weight": []}
+many = MoRA(nn.Linear(64, 64), rank=8, top_k=8, tau=0.1, delta=0.2).eval()
+for R in SIZES:
+    while many.ranks < R:
+        many.grow()
+    with torch.no_grad():
+        scores = F.normalize(inputs[:500] @ many.keys.T, dim=-1)
+        lines["largest score"].append(scores.max(-1).values.mean().item())
+        none = dense_gate(many, inputs[:500]).sum(-1) == 0
+        lines["no weight"].append(none.float().mean().item())
+figures.lines(SIZES, lines, "random ranks in all, R", "score, share", "random inputs, δ = .2")
+without.beside(lines["no weight"][SIZES.index(512)])
+
+# %% [markdown]
+# The largest of R scores is .51 among 8, .29 among 64, .13 among 512. It falls roughly as
+# √(2 ln R / R). Up to 64 ranks nearly every input has a rank with weight, among 512 none has. So
+# the same δ means something else after each growth. Trained keys have larger scores on their own
+# inputs: section 5.
+
+# %% [markdown]
+# ## 5. A new task begins (10 min)
+#
+# Each task reorders the pixels of handwritten digits in its own way; such tasks, one after another,
+# are a **stream**. The **backbone** is a network of three linear layers that was trained before.
+#
+# New ranks have value 0, so in LoRA `grow` moves no output. In MoRA new keys enter ‖z‖ and compete
+# for the k places: old inputs get other weights before anything is trained. How far an output for
+# old inputs has moved is its **drift**; here ‖u - u'‖ / ‖u'‖, of the update u now and u' before.
+
+# %% moved
+settings = {"rank": 8, "top_k": 8, "tau": 0.1, "delta": 0.2}
+
+
+@torch.no_grad()
+def drift_of_growth(layer, x):
+    layer = copy.deepcopy(layer)
+    before = layer.update(x)
+    layer.grow()
+    return ((layer.update(x) - before).norm() / before.norm()).item()
+
+
+drawn = MoRA(nn.Linear(64, 64), **settings)
+nn.init.normal_(drawn.B)
+print(f"random keys, values and inputs: {drift_of_growth(drawn, inputs):.2f}")
+
+# %% [markdown]
+# That is nearly half of the update. **Predict** the same for the first layer of a network that has
+# learned task 1, and the inputs of task 1.
+
+# %% predict-4
+trained_drift = predict("drift by growth in a trained layer", None)
+
+# %% trained
+five = make("permuted-digits", tasks=5, seed=0)
+first = five.tasks[0]
+after_1 = learn(replace(five, tasks=[first]), MoRA, epochs=6, **settings).model.eval()
+x1 = F.layer_norm(first.x_test, (64,))  # what the first layer reads
+trained_drift.beside(drift_of_growth(after_1.fc1, x1))
+grown = copy.deepcopy(after_1)
+grow(grown)
+grown.eval()
+with torch.no_grad():
+    then, now = (score(net(first.x_test), first.y_test) for net in (after_1, grown))
+print(f"accuracy on task 1: {then:.2f}, grown {now:.2f}")
+
+# %% [markdown]
+# About .02, and the accuracy stays at .94. **Explain**, in one sentence, before you open this.
+#
+# <details><summary>An answer</summary>
+# Trained keys have large products with the inputs that they were trained on, new keys have small
+# ones, and so with τ = .1 the new ranks get almost no weight.
+# </details>
+#
+# **Break.** So new keys are harmless as long as their scores are small. Write one that is not: a
+# key (D,) with more than .9 of the gate's weight for every old input, rows of `old` (N, D). Its
+# value stays 0, and no old number changes. The check puts it into each of the three layers and
+# tests task 1. What will the accuracy be?
+#
+# <details><summary>Hint 1</summary>
+# The sign first: a key whose product with every old input is above 0. What do digits have in
+# common?
+# </details>
+# <details><summary>Hint 2</summary>
+# Then the length, as in section 3. New keys have a length of about .6.
+# </details>
+
+
+# %% exercise 3
+def taking_key(old):
+    raise NotImplementedError
+
+
+# %% take
+
+
+@torch.no_grad()
+def taken(model, make_key, images):
+    """A copy in which one new key of each layer is make_key(its inputs); its least z and weight."""
+    model, least = copy.deepcopy(model), []
+    for _, layer in adapters(model):
+        seen = []
+        hook = layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        model(images)
+        hook.remove()
+        key = make_key(seen[0])
+        shape = tuple(key.shape) if isinstance(key, torch.Tensor) else key
+        expect(f"shape of the key, old {tuple(seen[0].shape)}", shape, tuple(seen[0].shape[1:]))
+        layer.A[0] = key
+        z, w = seen[0] @ layer.A[0], dense_gate(layer, seen[0])[:, 8]
+        least.append((z.min().item(), w.min().item()))
+    return model, least
 
 
 # %%
+with exercise("3"):
+    broken, least = taken(grown, taking_key, first.x_train)
+    for (name, _), (z_least, w_least) in zip(adapters(broken), least, strict=True):
+        assert z_least > 0, f"{name}: its product with an old input is {z_least:.2g}, not above 0"
+        assert w_least > 0.9, f"{name}: an old input gives it a weight of {w_least:.2f}: too short"
+    with torch.no_grad():
+        left, never = (score(net(first.x_test), first.y_test) for net in (broken, shipped()))
+    print(f"accuracy on task 1: {left:.2f}; the backbone alone has {never:.2f}")
+
+# %% [markdown]
+# <details><summary>What does that show?</summary>
+# Task 1 is at .06, which the backbone alone has, and every old number is the same. The weights of a
+# softmax sum to 1, so what one rank gets the others lose. A frozen rank is safe; its weight is not.
+# Here the key was made for it. Where the inputs of a new task look like old ones, training
+# makes such keys without being asked: section 7.
+# </details>
+
+# %% [markdown]
+# ## 6. A, B, C, and A again (5 min)
+#
+# Three tasks, then the first one again. Nobody tells the layers that task 4 is task 1, and new
+# ranks are added for it as for any task. **Predict**: at the end, which share of the gate's weight
+# do inputs of A give to the ranks of task 1?
+
+# %% predict-5
+back_home = predict("share of A's inputs for the ranks of task 1", None)
+
+# %% again alt="Shares of the gate's weight: inputs of four tasks down, ranks of four across."
+again = learn(make("repeat", tasks=4, seed=0), MoRA, epochs=6, **settings)
+figures.shares(again.mass[-1])
+back_home.beside(again.mass[-1, -1, 0])
+
+# %% [markdown]
+# Rows 1 and 4 are the same inputs. They give .89 to the ranks of task 1 and .09 to those that were
+# added for its return: the old keys still have the largest scores for them. Over five seeds the
+# [findings](findings/findings.md) support this. A task costs new ranks also where it needs none.
+
+# %% [markdown]
+# ## 7. Five tasks, and what else can do them (7 min)
+#
+# A **baseline** is a simple method, to be beaten before a result is believed. So two of them come
+# first, on five reordered and on five rotated tasks. `ClassMean` trains nothing: it takes the
+# nearest mean of the backbone's features. `OwnRidge` has a small ridge regression for each task,
+# and takes the task whose mean input is nearest. **ACC** is the mean accuracy on all tasks after
+# the last one.
+
+# %% closed
+streams = {"permuted": five, "rotated": make("rotated-digits", tasks=5, seed=0)}
+closed = {}
+for name, stream in streams.items():
+    for maker in (ClassMean, OwnRidge):
+        run = run_stream(maker, shipped(), stream, seed=0, epochs=1)
+        closed[name, maker] = acc(run.matrix)
+        print(f"{name} digits, {maker.__name__}: ACC {closed[name, maker]:.2f}")
+
+# %% [markdown]
+# Now MoRA, beside one LoRA of 8 ranks that all tasks train. On rotated digits LoRA has ACC .45.
+# **Predict** MoRA's.
+
+# %% predict-6
+on_rotated = predict("ACC of MoRA on five rotations", None)
+
+# %% five alt="Mean accuracy after each of five tasks: LoRA and MoRA, permuted and rotated."
+runs = {}
+for name, stream in streams.items():
+    runs[f"MoRA, {name[0]}"] = learn(stream, MoRA, epochs=6, **settings)
+    runs[f"LoRA, {name[0]}"] = learn(stream, LoRA, rank=8, grows=False, epochs=6)
+figures.curves({name: run.matrix for name, run in runs.items()}, "p: permuted, r: rotated")
+on_rotated.beside(acc(runs["MoRA, r"].matrix))
+
+# %% [markdown]
+# LoRA has .46 and .45 at the end. MoRA has .93 on permuted digits and .74 on rotated ones, where
+# the ridge for each task has .96. Where does the weight go?
+
+# %% turned alt="Shares of MoRA's weight on rotated digits: inputs of five tasks, ranks of five."
+figures.shares(runs["MoRA, r"].mass[-1])
+
+# %% [markdown]
+# Inputs of task 1, turned by 36°, give .36 to their own ranks and .25 to those of task 5, turned by
+# 180°. Task 1 falls from .94 to .60. The tasks look alike: the mean image of task 1 has a cosine of
+# .60 with that of task 2 and of .54 with that of task 5, as half a turn leaves much of a digit as
+# it was. Of permuted tasks no two have more than .23. So later keys have large products with inputs
+# of task 1.
+#
+# Last, the numbers of ten seeds, each method at its tuned settings (`minimoe study atlas`).
+# split-digits has two classes in each of its five tasks.
+
+# %% atlas alt="Bars for three streams: ACC of a ridge for each task, of class means, of MoRA."
+atlas, groups = numbers("atlas"), {}
+LEARNERS = "own_ridge", "class_mean", "mora"
+for name in ("permuted-digits", "rotated-digits", "split-digits"):
+    groups[name] = [mean(atlas[name][learner]["acc"]) for learner in LEARNERS]
+figures.bars(groups, ["own ridge", "class means", "MoRA"], "ACC, mean of ten seeds")
+
+# %% [markdown]
+# MoRA has .95 on permuted, .74 on rotated and .38 on split digits. The ridge for each task has .97,
+# .96 and .79, and keeps 10,320 numbers, MoRA 25,600. On split digits even the class means, .73, are
+# above MoRA.
+
+# %% above
+pairs = []
+for name in (*groups, "digit-worlds"):
+    both = (atlas[name][learner]["acc"] for learner in ("own_ridge", "mora"))
+    pairs += [ridge > mora for ridge, mora in zip(*both, strict=True)]
+claim(f"Of {len(pairs)} runs the ridge for each task is above MoRA in all", sum(pairs), all(pairs))
+
+# %% [markdown]
+# The fourth stream is digit-worlds, with digits of two sources: .92 and .74. LoRA has .50, .45, .21
+# and .34 on the four, below MoRA in every seed. So MoRA's case is not made on digits; notebook 04
+# has more to compare with.
+
+# %% [markdown]
+# ### At home (30 minutes)
+#
+# **Write, and explain.** δ could leave inputs of no task to the backbone. Return two floats, low
+# and high: in evaluation no input in `alien` has any weight exactly if δ is above low, and every
+# input in `task` has some exactly if δ is at most high. Use `layer.keys`. The check ends with the
+# first layer of section 5, its task, and upright digits as aliens.
+#
+# <details><summary>Hint 1</summary>
+# An input has some weight as long as its largest score is at least δ.
+# </details>
 
 
-def drawn_case(seed):
-    """A layer of 40 ranks, inputs near one of its keys, and inputs of noise."""
-    torch.manual_seed(seed)
-    layer = MoRA(nn.Linear(64, 64, **wide), rank=8, top_k=8, tau=0.1).eval()
-    for _ in range(4):
-        layer.grow()
-    ours = layer.keys[torch.randint(40, (30,))].detach()
-    ours = ours + 0.03 * torch.randn(30, 64, **wide)
-    return layer, ours, torch.randn(30, 64, **wide)
+# %% exercise 4
+def window(layer, task, alien):
+    raise NotImplementedError
 
 
-def speaks(layer, x, delta):
-    """Which inputs get any weight at this delta."""
+# %% drawn
+
+
+@torch.no_grad()
+def any_weight(layer, x, delta):
     layer.delta = delta
     return dense_gate(layer, x).sum(-1) > 0
 
 
-with exercise("2"):
-    for seed in (0, 1, 2):
-        layer, ours, alien = drawn_case(seed)
-        low, high = window(layer, ours, alien)
-        assert not speaks(layer, alien, low + 1e-6).any(), "an alien speaks just above low"
-        assert speaks(layer, alien, low - 1e-6).any(), "low is too high"
-        assert speaks(layer, ours, high - 1e-6).all(), "a task input is silent just below high"
-        assert not speaks(layer, ours, high + 1e-6).all(), "high is too low"
-
-# %% [markdown]
-# **3.** A layer has 4 keys in 8 dimensions and serves the inputs `old` (20, 8). Find one more key
-# that has the largest score for each of the inputs `new` (5, 8), and for none of `old`. (What does
-# a key see of inputs that it is orthogonal to? The span of `old` has 5 dimensions.)
-
-# %% exercise 3
-
-
-def new_key(old, new):
-    """A key (8,)."""
-    return new.mean(0)
+def drawn_case(seed):
+    """A layer of 40 ranks, inputs near some of its keys, and inputs of noise."""
+    torch.manual_seed(seed)
+    layer = MoRA(nn.Linear(64, 64), rank=8, top_k=8, tau=0.1).eval()
+    for _ in range(4):
+        layer.grow()
+    near = layer.keys[torch.randint(40, (30,))].detach() + 0.03 * torch.randn(30, 64)
+    return layer, near, torch.randn(30, 64)
 
 
 # %%
-
-
-def drawn_inputs(seed):
-    """A layer of 4 ranks, the inputs that it serves, and new ones that share much with them."""
-    torch.manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(8, 8, **wide)).Q
-    layer = MoRA(nn.Linear(8, 8, **wide), rank=4, top_k=1)
-    with torch.no_grad():
-        layer.A.copy_(basis[:4])
-    old = torch.randn(20, 4, **wide).abs() @ basis[:4]
-    old = old + 0.5 * torch.randn(20, 1, **wide) * basis[4]
-    new = torch.randn(5, 4, **wide).abs() @ basis[:4] + basis[5] + 0.1 * torch.randn(5, 8, **wide)
-    return layer, old, new
-
-
-with exercise("3"):
+with exercise("4"):
     for seed in (0, 1, 2):
-        layer, old, new = drawn_inputs(seed)
-        key = new_key(old, new)
-        winner = layer.gate(old).idx
-        layer.grow()
-        with torch.no_grad():
-            layer.A.zero_()
-            layer.A[0] = key
-        assert torch.equal(layer.gate(old).idx, winner), "an old input has another winner"
-        wins = (layer.gate(new).idx == 4).double().mean().item()
-        assert wins == 1, f"the new key wins {wins:.0%} of the new inputs"
+        layer, task, alien = drawn_case(seed)
+        pair = window(layer, task, alien)
+        assert pair is not None, "`return` is missing"
+        low, high = pair
+        case = f"case {seed}, low {low:.3f}, high {high:.3f}: "
+        assert max(abs(low), abs(high)) <= 1, case + "no score is above 1. Is z divided by ‖z‖?"
+        assert not any_weight(layer, alien, low + 1e-5).any(), case + "low is too low for an alien"
+        assert any_weight(layer, alien, low - 1e-5).any(), case + "low is higher than it need be"
+        assert any_weight(layer, task, high - 1e-5).all(), case + "high is too high for some input"
+        assert not any_weight(layer, task, high + 1e-5).all(), case + "high could be higher"
+    upright = F.layer_norm(five.base.x_test, (64,))
+    low, high = window(after_1.fc1, x1, upright)
+    print(f"the first layer: low {low:.2f}, high {high:.2f}")
+
+# %% [markdown]
+# **Explain.** Is there a δ for that layer, and why? What would you change so that there is one: the
+# number of ranks, τ, or how the keys are trained? Write the answer down, then try one of them.
+#
+# <details><summary>An answer to the first half</summary>
+# No: low is .85 and high .45. With 8 ranks some score has a size of at least 1 / √8 = .35,
+# whatever the input is. And nothing in training asks the keys for small products with other inputs.
+# τ plays no part in it: it changes no score.
+# </details>
+
+# %% [markdown]
+# ## 8. Exit ticket (5 min)
+#
+# **Summary.** In MoRA a rank's product with the input is used twice: it is added, times the value,
+# and it sets the weight (scores, k largest by sign, softmax with τ, δ in evaluation). No other
+# part is trained to choose. Inputs of an old task find their ranks as long as new keys have smaller
+# scores for them; a score is large by the key's direction and by its length. So MoRA does well
+# where tasks look different, and badly where they look alike; on these digits a closed form is
+# above it.
+#
+# **1.** z = (2, -3, 6) becomes (2, -3, 60). Which weights change, and in which direction?
+#
+# <details><summary>Answer</summary>
+# ‖z‖ is about 60, so s is about (.03, -.05, 1.0): ranks 0 and 2 are kept as before, .96 apart and
+# not .57. The weight of rank 2 rises, that of rank 0 falls.
+# </details>
+#
+# **2.** A layer grows from 8 to 512 ranks, and δ is .2 all along. What happens to random inputs?
+#
+# <details><summary>Answer</summary>
+# If the keys are random to them, their largest score falls from about .5 to about .13, below δ: no
+# rank has a weight, and the layer's output is that of W0 alone.
+# </details>
+#
+# **3.** No old number has changed, and task 1 falls from .94 to .60. Where did its weight go, and
+# when does that happen?
+#
+# <details><summary>Answer</summary>
+# To new ranks whose keys have large products with its inputs: the weights sum to 1. It happens
+# where inputs of the tasks look alike, as rotated digits do.
+# </details>

@@ -1,27 +1,30 @@
 # %% exercise 1
-# ‖z‖ = 9, s = (4, -8, 1) / 9; by sign, ranks 0 and 2 are kept. Their scores are 1/3 apart, and
-# (1/3) / tau = ln 4: one weight is 4 times the other. 1/9 is below delta.
-w_training = [0.8, 0.0, 0.2]
-w_evaluation = [0.8, 0.0, 0.0]
+def weights_by_hand():
+    # ‖z‖ = 9, s = (4, -8, 1) / 9; by sign, ranks 0 and 2 are kept, 1/3 apart: ln 4 after division
+    return (0.8, 0, 0.2), (0.8, 0, 0)  # 1/9 is below δ
+
 
 # %% exercise 2
-
-
-def window(layer, task, alien):
-    """(low, high), as Python floats."""
-    top = []
-    for x in (alien, task):
-        z = x @ layer.keys.T
-        s = z / z.norm(dim=-1, keepdim=True)  # eq. 5
-        top.append(s.max(-1).values)  # an input speaks if its largest score does
-    return top[0].max().item(), top[1].min().item()
+def mora_layer(x, W0, A, B, k, tau, delta):
+    z = x @ A.T
+    s = z / z.norm()  # eq. 5
+    kept = s.topk(k).indices  # eq. 6
+    w = torch.zeros(len(A))
+    w[kept] = (s[kept] / tau).softmax(-1)  # eq. 7
+    g = w * (s >= delta)  # eq. 8
+    return x @ W0.T + (g * z) @ B
 
 
 # %% exercise 3
+def taking_key(old):
+    mean = old.mean(0)  # digits have bright middles: its product with each of them is above 0
+    return 20 * mean / mean.norm()
 
 
-def new_key(old, new):
-    """A key (8,)."""
-    inside = old.pinverse() @ old  # (8, 8), projects on the span of old
-    key = new.mean(0) - new.mean(0) @ inside  # sees 0 of every old input
-    return 1000 * key / key.norm()  # long enough to win all of new
+# %% exercise 4
+def window(layer, task, alien):
+    largest = []
+    for x in (alien, task):
+        s = F.normalize(x @ layer.keys.T, dim=-1)  # eq. 5
+        largest.append(s.max(-1).values)
+    return largest[0].max().item(), largest[1].min().item()

@@ -1,5 +1,6 @@
 # %% exercise 1
-MLP = r"encoder\.layer\.[135]\.(intermediate|output)\.dense"
+def query_and_value(numbers):
+    return rf"encoder\.layer\.({numbers})\.attention\.self\.(query|value)"
 
 
 # %% exercise 2
@@ -10,9 +11,10 @@ def nearest_mean(features, labels, new):
 
 
 # %% exercise 3
-def active(scheme, D, O, R, r, top_k):
-    if scheme is LoRA:
-        return R * (D + O)  # all keys, all values
-    if scheme is LoRAMoE:
-        return R // r * D + min(top_k * r, R) * (D + O)  # the router, and the blocks that it keeps
-    return R * D + min(top_k, R) * O  # MoRA: all keys, for the scores; the values that are kept
+def first_change(z, gradient, scale, lr):
+    return -scale * lr * z @ gradient.sign()
+
+
+# %% exercise 4
+def breaking_scale():
+    return 16.0
