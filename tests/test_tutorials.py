@@ -1,5 +1,5 @@
-"""The notebooks run, are what their sources say, and their exercises tell right from wrong. Those
-that are HELD to the rules of a lesson keep them."""
+"""The notebooks run, are what their sources say, keep the rules of a lesson, and their exercises tell
+right from wrong."""
 
 import ast
 import importlib
@@ -38,6 +38,7 @@ import slides  # noqa: E402
 def test_they_are_numbered_and_each_has_solutions():
     assert [name[:2] for name in build.NAMES] == [*(f"0{i}" for i in range(6)), *DEPTH]
     answers = {path.stem for path in (TUTORIALS / "solutions").glob("*.py")}
+    assert answers == {path.stem for path in (TUTORIALS / "checks").glob("*.py")}
     assert answers == set(build.NAMES) == {path.stem for path in TUTORIALS.glob("*.ipynb")}
 
 
@@ -181,8 +182,7 @@ def test_the_readmes_table_has_the_measured_times():
 
 # The rules of a lesson
 
-HELD = [name for name in build.NAMES if (TUTORIALS / "checks" / f"{name}.py").exists()]
-held = pytest.mark.parametrize("name", HELD)
+every = pytest.mark.parametrize("name", build.NAMES)
 MINUTES = re.compile(r"^## (.*) \((\d+) min\)$", re.M)
 # what a heading, or a picture's title, would give away
 OUTCOMES = re.compile(
@@ -200,19 +200,19 @@ def prose(name):
     return [cell for cell in build.source(name).cells if cell.cell_type == "markdown"]
 
 
-@held
+@every
 def test_cells_of_code_are_short(name):
     lengths = [sum(bool(line.strip()) for line in c.source.splitlines()) for c in code(name)]
     assert median(lengths) <= 8 and max(lengths) <= 25
 
 
-@held
+@every
 def test_asserts_in_sight_are_few(name):
     asserts = [n for c in code(name) for n in ast.walk(ast.parse(c.source))]
     assert sum(isinstance(n, ast.Assert) for n in asserts) <= 10
 
 
-@held
+@every
 def test_sections_have_their_minutes_and_an_exercise_comes_within_ten(name):
     headings = [h for c in prose(name) for h in re.findall(r"^## .*$", c.source, re.M)]
     minutes, before, first = [], 0, None
@@ -228,7 +228,7 @@ def test_sections_have_their_minutes_and_an_exercise_comes_within_ten(name):
 DOING = re.compile(r"predict\(|with exercise\(")
 
 
-@held
+@every
 def test_nobody_only_listens_for_more_than_ten_minutes(name):
     idle = 0
     for cell in build.source(name).cells:
@@ -239,7 +239,7 @@ def test_nobody_only_listens_for_more_than_ten_minutes(name):
             idle = 0
 
 
-@held
+@every
 def test_a_stub_raises_that_it_is_not_implemented(name):
     for title, cell in build.exercises(build.source(name)).items():
         (function,) = ast.parse(cell.source).body
@@ -279,7 +279,7 @@ def test_the_glossary_is_short_sorted_and_has_what_a_lesson_is_about():
     assert {*needed.split(), "forgetting", "drift", "law", "claim"} <= {*words()}
 
 
-@held
+@every
 def test_a_word_of_the_glossary_is_defined_where_it_is_used_first(name):
     assert undefined(build.source(name).cells) == []
 
@@ -311,7 +311,7 @@ def titles(name):
                 yield from (a.value for a in every if isinstance(a, ast.Constant))
 
 
-@held
+@every
 def test_no_heading_and_no_title_of_a_picture_gives_away_what_comes_out(name):
     for title in map(str, titles(name)):
         assert not OUTCOMES.search(title), title
@@ -323,7 +323,7 @@ def test_a_title_that_gives_it_away_is_seen():
     assert not OUTCOMES.search("Accuracy after each task")
 
 
-@held
+@every
 def test_a_picture_is_one_call_with_words_for_who_does_not_see_it_and_a_caption(name):
     cells = build.source(name).cells
     drawn = [i for i, cell in enumerate(cells) if "figures." in cell.source]
@@ -336,7 +336,7 @@ def test_a_picture_is_one_call_with_words_for_who_does_not_see_it_and_a_caption(
     assert "plt." not in "".join(cell.source for cell in cells)
 
 
-@held
+@every
 def test_a_number_is_written_down_in_a_cell_of_its_own_before_the_run(name):
     cells = code(name)
     noted = {}
@@ -350,7 +350,7 @@ def test_a_number_is_written_down_in_a_cell_of_its_own_before_the_run(name):
         assert len(shown) == 1 and shown[0] > i, target
 
 
-@held
+@every
 def test_it_opens_with_goals_time_and_needs_and_ends_with_three_folded_answers(name):
     first, *_, last = prose(name)
     for what in ("**Goals.**", "**Time.**", "**You need**", "\n1. ", "\n2. ", "\n3. "):
@@ -361,7 +361,7 @@ def test_it_opens_with_goals_time_and_needs_and_ends_with_three_folded_answers(n
     assert re.findall(folded, last.source, re.M) == ["1", "2", "3"]
 
 
-@held
+@every
 def test_its_first_cell_installs_no_torch_and_asks_for_what_the_package_needs(name):
     install = code(name)[0]
     assert install.metadata.title == "install"
@@ -375,7 +375,7 @@ def test_its_first_cell_installs_no_torch_and_asks_for_what_the_package_needs(na
     assert asked == {name.replace("scikit-learn", "sklearn") for name in needed}
 
 
-@held
+@every
 def test_authors_checks_are_run_and_not_seen(name):
     there = build.source(name, TUTORIALS / "checks").cells
     assert there and all("assert" in cell.source for cell in there)

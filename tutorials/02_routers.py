@@ -1,589 +1,669 @@
 # %% [markdown]
-# # Experts and a router: what is lost is the routing, not the experts
+# # Routing: a choice that is learned, one thing after another
 #
-# Whole LoRAs become experts, and a router picks a few of them for each input. This notebook shows
-# the gate, what trains the router and what does not, and where routing goes wrong as tasks come,
-# although no expert ever changes. It builds on notebook 01 and runs in about a minute on a laptop.
+# **Goals.** At the end you can
+#
+# 1. write the weights with which a layer picks some of its parts for each input;
+# 2. say what trains that choice, and what leaves it as it is;
+# 3. find out, by an experiment, whether what was learned is lost, or the choice of it.
+#
+# **Time.** 45 minutes in class, without section 8, and 30 at home: section 8, and what was left
+# over. The computer needs less than a minute.
+# **You need** PyTorch and linear layers; notebooks 00 and 01 are a good start.
+
+# %% install
+from importlib.util import find_spec
+
+from IPython import get_ipython
+
+SOURCE = "minimoe-0.1.0-py3-none-any.whl"  # the teacher sets it: a wheel, or git+URL@TAG
+NEEDED = "torch numpy matplotlib sklearn safetensors hypothesis joblib pydantic scipy tqdm "
+NEEDED += "typing_extensions"
+if find_spec("minimoe") is None:
+    get_ipython().run_line_magic("pip", f"install -q --no-deps {SOURCE}")
+missing = [name for name in NEEDED.split() if find_spec(name) is None]
+print(*missing, "to be installed (sklearn: scikit-learn)" if missing else "nothing is missing")
 
 # %%
 import copy
 import math
+from dataclasses import replace
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minimoe import LoRA, LoRAMoE
-from minimoe.adapt import adapt, adapters, context, count, grow, load_state, parameters, state
-from minimoe.continual.baselines import ToldLoRA
-from minimoe.continual.learn import AdapterLearner, pretrain, run_stream, score
-from minimoe.continual.metrics import acc, forgetting
-from minimoe.continual.probe import ambiguity, dense_gate, instability, interference, intrusion
+from minimoe import LoRAMoE
+from minimoe.adapt import adapt, adapters, count, grow, load_state, parameters, state
+from minimoe.balance import switch_balance
+from minimoe.continual.learn import AdapterLearner, run_stream, score
+from minimoe.continual.metrics import acc, bwt
+from minimoe.continual.probe import dense_gate
 from minimoe.continual.streams import make
-from minimoe.laws import degenerates_to_lora, hold, simplex, support
-from minimoe.lora_moe import switch_balance
+from minimoe.lesson import check, claim, expect, figures, learn, predict, shipped
 from minimoe.tools.exercise import exercise
-from minimoe.tools.plots import COLOURS, MARKERS, heat_map
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-device = "cuda" if torch.cuda.is_available() else "cpu"
-plt.rcParams["figure.dpi"] = 80
+
+# %% picture alt="Five boxes in a row: x, z, s, g, y. s and g are marked as today's."
+figures.equation(today="sg")
 
 # %% [markdown]
-# ## One weight for each block of ranks
+# The steps of every notebook, from a layer's input x to its output y. Today s is the product of x
+# with a matrix that is learned. It is called l, for logits, and gives the weights g.
+
+# %% [markdown]
+# ## 1. A weight for each block (8 min)
 #
-# Notebook 01 ended with ranks that change the output for inputs on which they were not trained. A
-# gate g gives each rank a weight for each input:
+# LoRA adds an **update** to the output of a **frozen** layer: no step of training changes W0. The
+# update is made of **ranks**. A rank has a **key**, a row of A, which is multiplied with the input,
+# and a **value**, a row of B, which is added to the output. (Attention's are something else.) In
+# LoRA every rank counts for every input. A **gate** g gives each rank a weight for each input:
 #
-# $$z = x A^\top \qquad y = x W_0^\top + \mathrm{scale} \cdot (g \odot z)\, B$$
+#     z = x Aᵀ
+#     y = x W0ᵀ + scale · (g ⊙ z) B
 #
-# In LoRA-MoE an expert is a block of r ranks, a whole LoRA. A router row W[e] scores expert e by a
-# dot product with the input. The k best are kept, a softmax over their scores gives the weights,
-# and all ranks of an expert share its weight:
+# Here r ranks share one weight. Together they are an **expert**, a whole LoRA. A **router** is a
+# matrix W (E, D) with a row for each of E experts:
 #
-# $$l = x W^\top \qquad w = \mathrm{softmax}(\text{the } k \text{ largest of } l) \qquad
-# g_i = w_e \text{ for each rank } i \text{ of a kept expert } e, \text{ else } 0$$
+#     l = x Wᵀ                               (..., E)      one logit for each expert
+#     top, expert = l.topk(k)                (..., k)      the k largest, and whose they are
+#     w = softmax of top, put in its places  (..., E)      all others have weight 0
+#     g = w, each r times                    (..., E · r)  one weight for each rank
 #
-# Each `grow` adds an expert and its router row. Here are three experts of four ranks, two kept.
+# By hand: l = (ln 3, -1, ln 2), k = 2, r = 2. Experts 0 and 2 are kept. Their eˡ are 3 and 2, so
+# their weights are 3/5 and 2/5, and g is (.6, .6, 0, 0, .4, .4).
+#
+# **Complete.** The first two lines are done: you get l, top, expert and r. Return g.
+#
+# <details><summary>Hint 1</summary>
+# torch.zeros_like(l).scatter(-1, expert, w) puts k weights in their places among E.
+# </details>
+#
+# <details><summary>Hint 2</summary>
+# w.repeat_interleave(r, -1) repeats each number r times.
+# </details>
+
+
+# %% exercise 1
+def gate_of(l, top, expert, r):
+    raise NotImplementedError
+
 
 # %%
-layer = LoRAMoE(nn.Linear(16, 12), rank=4, top_k=2)
+with exercise("1"):
+    l, w = torch.tensor([math.log(3), -1, math.log(2)]), torch.tensor([0.6, 0, 0.4])
+    slips = {
+        "The softmax is of all logits: take it of top alone.": l.softmax(-1) * (w > 0),
+        "All experts have a weight: those that are not kept get 0.": l.softmax(-1),
+        "What is not kept is 0 before the softmax, and e⁰ = 1.": (l * (w > 0)).softmax(-1),
+        "The logits are the weights: a softmax of top is missing.": l * (w > 0),
+        "These are the kept experts alone: the others get 0.": w[[0, 2]],
+        "Softmax of top, and put it in its places among E.": l.softmax(-1)[[0, 2]],
+    }
+    slips = {sentence: each.repeat_interleave(2) for sentence, each in slips.items()}
+    slips["One weight for each expert: repeat it for its r ranks."] = w
+    slips["Ranks of an expert follow one another: repeat_interleave."] = w.repeat(2)
+    got, want = gate_of(l.clone(), *l.topk(2), 2), w.repeat_interleave(2)
+    expect("l = (ln 3, -1, ln 2), k = 2, r = 2", got, want, slips=slips)
+    check("router_gate", lambda x, W, r, k: gate_of(x @ W.T, *(x @ W.T).topk(k), r))
+
+# %% [markdown]
+# A right answer agrees with `minimoe.LoRAMoE`, also while it grows and learns, and keeps its
+# **laws**: what every such layer must do. The next cell has such a layer: three experts of four
+# ranks, as if they had learned, of which two are kept.
+
+# %% layer
+torch.manual_seed(0)
+layer, x = LoRAMoE(nn.Linear(16, 12), rank=4, top_k=2), torch.randn(1000, 16)
 with torch.no_grad():
     for expert in range(3):
         if expert:
-            layer.grow()
-        layer.B.normal_()  # as if it had learned
+            layer.grow()  # one expert more, and its row of the router
+        layer.B.normal_()
         layer.router.normal_(std=0.4)
-A, B, W = layer.rows("A"), layer.rows("B"), layer.rows("router")  # all, the frozen ones first
-assert (A.shape, B.shape, W.shape) == ((12, 16), (12, 12), (3, 16))
-
-x = torch.randn(40, 16)
-with torch.no_grad():
-    idx, g, z, *_ = layer.gate(x)
-    assert idx.shape == g.shape == z.shape == (40, 8)  # the ranks of two experts, for each input
-
-    logits = x @ W.T  # (40, 3)
-    top, expert = logits.topk(2)
-    w = top.softmax(-1)
-    assert torch.equal(idx[:, ::4] // 4, expert)
-    assert torch.allclose(g[:, ::4], w)
-    assert torch.allclose(z, (x @ A.T).gather(-1, idx), atol=1e-5)
-
-    dense = dense_gate(layer, x)  # g of every rank, kept or not: (40, 12)
-    y = layer.base(x) + layer.scale * (dense * (x @ A.T)) @ B
-    assert torch.allclose(layer(x), y, atol=1e-4)
-
-    blocks = dense.unflatten(-1, (3, 4))  # (40, experts, ranks)
-    assert torch.equal(blocks[..., 0], blocks[..., 3])  # an expert's ranks share its weight
-    weight = blocks[..., 0]
-    assert ((weight > 0).sum(-1) == 2).all()  # exactly k experts,
-    assert torch.allclose(weight.sum(-1), torch.ones(40))  # whose weights sum to 1
-
-figure, (left, right) = plt.subplots(
-    1, 2, figsize=(8, 3), sharey=True, width_ratios=[1, 2], layout="constrained"
-)
-figure.get_layout_engine().set(wspace=0.05)
-shade = left.imshow(logits[:16].numpy(), cmap="cividis", aspect="auto")
-figure.colorbar(shade, ax=left)
-left.set(title="The router's logits", xlabel="expert", ylabel="input")
-left.set_xticks(range(3))
-shade = right.imshow(dense[:16].numpy(), cmap="viridis", aspect="auto", vmin=0, vmax=1)
-figure.colorbar(shade, ax=right, label="weight g")
-right.set(title="The gate: two blocks of ranks for each input", xlabel="rank")
-right.set_xticks(range(12))
-for edge in (3.5, 7.5):
-    right.axvline(edge, color="white", lw=1.5)
+    print("logits of one input:", layer.logits(x[0]).numpy().round(2))
+    print("weights of 12 ranks:", dense_gate(layer, x[0]).numpy().round(2))
 
 # %% [markdown]
-# These are facts of every LoRA-MoE layer, not of this one. `minimoe.laws` holds a scheme to them on
-# layers of drawn sizes: at most k experts have a weight, the weights sum to 1, and where all
-# weights are equal the layer is dense LoRA, divided by the number of experts.
-
-# %%
-for law in (support, simplex, degenerates_to_lora):
-    row = hold(law, LoRAMoE)
-    print(row)
-    assert row.verdict == "held"
-
-# %% [markdown]
-# So one expert is LoRA itself: its weight is 1, whatever the router's logit.
-
-# %%
-lora = LoRA(nn.Linear(16, 12), rank=4)
-single = LoRAMoE(lora.base, rank=4, top_k=2)  # top_k is capped at what there is
-with torch.no_grad():
-    lora.B.normal_()
-    single.A.copy_(lora.A)
-    single.B.copy_(lora.B)
-    single.router.normal_()
-    assert torch.allclose(single(x), lora(x), atol=1e-5)
-
-# %% [markdown]
-# ## What trains the router
+# ## 2. What trains the router (4 min)
 #
-# The router has no loss of its own. It learns through the weights: l_e rises when more weight on
-# expert e lowers the task's loss. With one expert kept, the weight is 1 and stays 1, so there is
-# nothing to learn from: the gradient is exactly zero, however many experts there are. (That is so
-# where the softmax comes after the top k. Switch Transformers take it before, and their router
-# learns with one expert kept.)
+# The router has no loss of its own. A logit grows where more weight on its expert lowers the loss
+# of what is being learned.
+#
+# **Predict.** Of three experts one is kept. How large is the gradient of the router's row?
+
+# %% predict-1
+with_one = predict("largest gradient in the router's row, one of three kept", None)
 
 
-# %%
-def router_gradient(top_k, experts=3):
-    """The gradient of the live router row, of one backward pass."""
+# %% gradient
+class SoftmaxFirst(LoRAMoE):
+    """A softmax of all logits, and then the top k, as in Switch Transformers."""
+
+    def choose(self, x, l):
+        w, expert = l.softmax(-1).topk(self.kept)
+        return expert, w
+
+
+def largest_gradient(scheme, k, experts=3):
     torch.manual_seed(0)
-    layer = LoRAMoE(nn.Linear(16, 12), rank=4, top_k=top_k)
+    layer = scheme(nn.Linear(16, 12), rank=4, top_k=k)
     for expert in range(experts):
         if expert:
             layer.grow()
         nn.init.normal_(layer.B)
     layer(x).square().mean().backward()
-    assert layer.B.grad.any()  # the expert itself learns
-    return layer.router.grad
+    return layer.router.grad.abs().max().item()
 
 
-for top_k in (1, 2, 3):
-    print(f"top_k {top_k}: largest gradient {router_gradient(top_k).abs().max():.3f}")
-assert not router_gradient(top_k=1).any()  # exactly zero
-assert router_gradient(top_k=2).any()
-assert router_gradient(top_k=3).any()
-assert not router_gradient(top_k=2, experts=1).any()  # the first task: nobody to compare with
+# %% gradients
+for k in (1, 2, 3):
+    print(f"three experts, k = {k}: {largest_gradient(LoRAMoE, k):.3f}")
+print(f"three experts, k = 1, softmax first: {largest_gradient(SoftmaxFirst, 1):.3f}")
+print(f"one expert, k = 2: {largest_gradient(LoRAMoE, 2, experts=1):.3f}")
+with_one.beside(largest_gradient(LoRAMoE, 1))
 
 # %% [markdown]
-# The last line matters below: while the first task is learned there is one expert, so its router
-# row stays as it was drawn.
+# With k = 1 it is exactly 0. **Explain**, in one sentence, before you open this.
 #
-# ## A newcomer competes before it knows anything
+# <details><summary>An answer</summary>
+# The softmax of one number is 1, whatever that number is, so no logit changes the loss. Switch
+# Transformers (<a href="https://arxiv.org/abs/2101.03961">2101.03961</a>) take the softmax before
+# the top k; there the kept weight is below 1, and the router learns with k = 1.
+# </details>
 #
-# A fresh expert's values are zero, but its router row is not, and it adds one term to the softmax.
-# An input that picks the new expert gives it weight, which the others lose. The old experts have
-# the same rows as before, and still the output changes. For an input that does not pick the new
-# expert nothing changes.
+# The last line matters later: where there is one expert, its row has no gradient either.
 
-# %%
+# %% [markdown]
+# ## 3. A newcomer (3 min)
+#
+# `grow` adds an expert. Its values are 0; its row of the router is not.
+#
+# **Predict.** Nothing has been trained yet. For which share of inputs does the output change?
+
+# %% predict-2
+changed = predict("share of inputs whose output changes", None)
+
+# %% newcomer
 with torch.no_grad():
     before = layer(x)
     layer.grow()
-    layer.router.normal_(std=0.4)
-    picks = dense_gate(layer, x)[:, 12:].any(-1)  # who picks one of the new ranks, 12 to 15
+    picks = dense_gate(layer, x)[:, 12:].any(-1)  # ranks 12 to 15 are the new expert's
     moved = (layer(x) - before).norm(dim=-1) / before.norm(dim=-1)
-print(f"{picks.float().mean():.0%} pick the newcomer; they move by {moved[picks].mean():.2f}")
-assert layer.rows("router").shape == (4, 16)
-assert not layer.B.any()
-assert picks.any() and not picks.all()
-assert moved[picks].mean() > 0.05
-assert (moved[~picks] < 1e-5).all()
+changed.beside((moved > 1e-5).float().mean().item())
+print(f"where the new expert is kept, by {moved[picks].mean():.2f} of the output's length")
+most = moved[~picks].max().item()
+claim("Where it is not kept, the output moves by at most 1e-5", most, most <= 1e-5)
 
 # %% [markdown]
-# ## A balance loss, by hand
-#
-# Where all experts train at once, a few tend to take all inputs. Switch Transformers (Fedus et al.,
-# arXiv 2101.03961) add a loss against that:
-#
-# $$\mathrm{balance} = E \sum_e f_e P_e$$
-#
-# f_e is the share of kept places that fall to e, P_e the mean over inputs of the softmax of l. It
-# is 1 where routing is uniform, and up to E where one expert takes all. A mask says which inputs
-# count, and which are padding (0); here all count.
-
-# %%
-E, N = 4, 400
-share = torch.arange(N) % E  # input n belongs to expert n mod 4
-evenly = F.one_hot(share, E).float()
-all_to_one = F.one_hot(torch.zeros(N, dtype=torch.int64), E).float()
-
-
-def balance(logits, k=1):
-    return switch_balance(logits, logits.topk(k).indices, torch.ones(len(logits))).item()
-
-
-l = 2.0 * all_to_one
-f = torch.tensor([1.0, 0.0, 0.0, 0.0])  # all inputs keep expert 0
-P = l.softmax(-1).mean(0)
-assert math.isclose(balance(l), E * (f * P).sum().item(), rel_tol=1e-5)
-assert math.isclose(balance(torch.zeros(N, E)), 1, rel_tol=1e-5)  # P uniform: 1 whatever f is
-assert math.isclose(balance(9 * evenly), 1, rel_tol=1e-5)
-assert E - 0.1 < balance(9 * all_to_one) < E
-assert math.isclose(balance(torch.tensor([[9.0, 9.0, -9.0, -9.0]]), k=2), E / 2, rel_tol=1e-5)
-
-sharpness = np.linspace(0, 9, 40)
-figure, ax = plt.subplots(figsize=(8, 2.6), layout="constrained")
-for i, (name, places) in enumerate({"all to one": all_to_one, "evenly": evenly}.items()):
-    line = [balance(s * places) for s in sharpness]
-    ax.plot(sharpness, line, color=COLOURS[i], marker=MARKERS[i], markevery=5, label=name)
-ax.set(xlabel="largest logit (the others are 0)", ylabel="balance", ylim=(0, E + 0.2))
-ax.set_title("The loss sees collapse once the router is sure of it", fontsize=10)
-ax.legend(loc="center right", fontsize=9)
-ax.grid(alpha=0.3)
+# For about half of the inputs the new expert is one of the two that are kept, and the output
+# changes by about .36 of its length. It adds nothing itself; but it takes the place of an old one,
+# and weight with it.
 
 # %% [markdown]
-# ## What it keeps of three papers
+# ## 4. One after another (6 min)
 #
-# - **MoE-Adapters4CL** (Yu et al., arXiv 2403.11549): top k and then softmax, no change at birth,
-#   freezing by task. Not: adapters that are non-linear and stand beside the FFN, a router for each
-#   task (it needs to be given the task, or to guess it), routing by a sample's first token, noise
-#   on the logits.
-# - **MixLoRA** (Li et al., arXiv 2404.15159): top k of learned logits, a router drawn from
-#   N(0, .02), the balance loss. Not: gating whole FFNs, all experts trained at once.
-# - **LoRAMoE** (Dou et al., arXiv 2312.09979; the name is the paper's own): a gate over blocks of
-#   ranks on each linear layer. Not: the softmax over all experts, the balance between two given
-#   kinds of expert. Those are in `minimoe/schemes/lora_moe_plugin.py`.
+# A **stream** is a sequence of **tasks**, things to learn one after another; at test nobody says
+# which of them an input is from. Each of ours reorders the pixels of handwritten digits in its own
+# way. The **backbone** is a network of three layers, fc1 to fc3, trained before on upright digits.
+# In each layer every task trains one new expert of eight ranks, and that expert's row of the
+# router; then both are frozen. Two experts are kept.
+#
+# The outcome is an **accuracy matrix**: a row after each task, a column for each task that is
+# tested. **ACC** is the mean of its last row. **BWT**, backward transfer, is what older tasks have
+# at the end minus what they had just after they were learned; below 0 it is **forgetting**.
+#
+# **Predict.** Task 1 has .97 just after it was learned. What has it after task 4?
 
-# %%
-fresh = LoRAMoE(nn.Linear(256, 12), rank=4, top_k=1)
-samples = torch.randn(3, 5, 256)  # three samples of five tokens
-assert torch.equal(fresh(samples), fresh.base(samples))  # no change at birth
-first_row = fresh.router
-fresh.grow()
-assert torch.equal(fresh.frozen_router, first_row) and not fresh.frozen_router.requires_grad
-drawn = fresh.rows("router").std().item()
-chosen = fresh.gate(samples).idx[..., 0] // 4  # (samples, tokens): the expert that is kept
-print(f"router rows: std {drawn:.3f}; experts of each sample's tokens: {chosen.tolist()}")
-assert abs(drawn - 0.02) < 0.004
-assert fresh.balance == 0  # no balance loss unless asked for
-assert (chosen != chosen[:, :1]).any()  # by token, not by sample
+# %% predict-3
+at_the_end = predict("accuracy on task 1 after task 4", None)
+
+# %% four alt="Accuracy matrix of the router on four tasks, five rows and four columns."
+stream = make("permuted-digits", tasks=4, seed=0)
+four = learn(stream, LoRAMoE, rank=8, top_k=2)
+figures.accuracies(four.matrix)
+at_the_end.beside(four.matrix[4, 0])
+print(f"ACC {acc(four.matrix):.2f}, BWT {bwt(four.matrix):.2f}")
 
 # %% [markdown]
-# ## Four tasks
+# Every task has .97 or .98 just after it was learned. At the end they have .48, .87, .81 and .97:
+# ACC is .78, BWT -.25.
 #
-# Each task adds an expert of eight ranks to each layer of the backbone, and a router row; two
-# experts are kept. No one says at test which task an image comes from. `keep` makes a copy of the
-# model after each task; the first copy is the model at its birth.
+# Who has the weight? The next two pictures show it, each number a mean over the three layers.
 
-# %%
-J = 4
-stream = make("permuted-digits", J)
-backbone = pretrain(stream, seed=0, device=device)
-tasks = [task.to(device) for task in stream.tasks]
-
-
-def run_lora_moe(stream, learner_class=AdapterLearner, **settings):
-    """The result of run_stream, and a copy of the model before any task and after each."""
-    learners, copies = [], []
-
-    def learner(model, stream):
-        learners.append(learner_class(model, LoRAMoE, rank=8, **settings))
-        keep()
-        return learners[0]
-
-    def keep(tasks=0):
-        copies.append(copy.deepcopy(learners[0].model))
-
-    result = run_stream(learner, backbone, stream, seed=0, epochs=20, device=device, done=keep)
-    return result, copies
-
-
-run, copies = run_lora_moe(stream, top_k=2)
-a = np.array(run.matrix)  # (J + 1, J): row i after i tasks
-learned = a.diagonal(-1)  # each task, just after it was learned
-print(f"ACC {acc(a):.2f}, forgetting {forgetting(a):.2f}")
-assert (learned > 0.85).all()
-assert forgetting(a) > 0.05
-assert a[-1, 0] < learned[0] - 0.25  # the first task suffers
+# %% history alt="Shares of weight of four experts for inputs of task 1, after each of four tasks."
+history = torch.tensor(four.mass[1:, 0]).nan_to_num()
+after, of = ([f"{word} {t + 1}" for t in range(4)] for word in ("after task", "expert"))
+figures.matrix(history, "inputs of task 1: share of weight", after, of)
 
 # %% [markdown]
-# The run also has `records`, of the gates on fixed test images of each task. `records["mass"][i, j,
-# t]` is the share of weight that images of task j give to the expert of task t, after i tasks, as a
-# mean over layers. On the diagonal, experts serve the inputs that they were trained on. Right of it
-# later experts have weight for older inputs. `records["said"]` has each expert's share of the
-# update, by its length: weight on an expert whose output is zero does no harm.
+# Task 1's inputs give their own expert all of the weight while it is alone, and then .59, .44 and
+# .34. Expert 4, never trained on such inputs, has .28 at the end. (An expert that is not there yet
+# stands with 0.)
 
-# %%
-mass = np.array(run.records["mass"])  # (J + 1, J, J)
-figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
-figure.get_layout_engine().set(wspace=0.06)
-heat_map(axes[0], a, "Accuracy in %")
-axes[0].set(xlabel="tested on task", ylabel="tasks learned")
-heat_map(axes[1], mass[-1], "Share of weight in %, at the end")
-axes[1].set(xlabel="expert of task", ylabel="inputs of task")
-axes[1].set_yticks(range(J), [str(j + 1) for j in range(J)])
-shades = [plt.get_cmap("cividis")(t / (J - 1)) for t in range(J)]
-names = [f"expert {t + 1}" for t in range(J)]
-axes[2].stackplot(range(1, J + 1), np.nan_to_num(mass[1:, 0].T), colors=shades, labels=names)
-axes[2].set(xlabel="tasks learned", ylabel="share of weight", xlim=(1, J), ylim=(0, 1))
-axes[2].set_title("Who speaks for task 1's inputs", fontsize=9)
-axes[2].set_xticks(range(1, J + 1))
-axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
-
-assert np.allclose(mass[-1].sum(-1), 1)
-assert mass[1, 0, 0] == 1  # one expert: all of it
-assert mass[-1, 0, 0] < 0.6  # four: most of it is gone
-assert all(mass[-1, j].argmax() == j for j in range(1, J))
-said = np.array(run.records["said"])
-by_hand = np.mean([said[-1, j, j + 1 :].sum() for j in range(J - 1)])
-assert np.isclose(intrusion(run.records), by_hand)
+# %% shares alt="Shares of the router's weight: inputs of four tasks down, ranks of four across."
+figures.shares(four.mass[-1])
 
 # %% [markdown]
-# `minimoe.continual.probe` makes numbers of it, each a mean over tasks:
-#
-# - **intrusion**: of the update for old inputs, the share that comes from later experts;
-# - **instability**: of the update for an old input, the share that comes from other experts than
-#   just after its task;
-# - **ambiguity**: how undecided the gate is: 0 if one expert has all the weight, 1 if all that are
-#   kept have the same;
-# - **interference**: how far the layers' outputs for old inputs have moved, in units of how far
-#   learning had moved them.
-
-# %%
-for measure in (intrusion, instability, ambiguity, interference):
-    print(f"{measure.__name__:12} {measure(run.records):.2f}")
-assert intrusion(run.records) > 0.15
-assert instability(run.records) > 0.2
-assert 0.05 < ambiguity(run.records) < 0.95
-assert interference(run.records) > 0.1
+# At the end their own experts have .34, .63, .63 and .83. Right of the diagonal is what later
+# experts have for older inputs; notebook D4 makes measures of it.
 
 # %% [markdown]
-# ## Who has changed? Nobody
+# ## 5. Who has changed? (5 min)
 #
-# Take the model after each task, and the model at the end. Every key, every value and every router
-# row that an old task left is there, bit for bit. And the first router row is still what was drawn
-# at birth: the first task trained it by nothing.
+# The next cell learns task 1 alone, and compares every number that it leaves with what stands there
+# after task 4.
 
-# %%
-end = copies[-1]
-for learned_then, then in enumerate(copies[1:], start=1):
-    for (_, old), (_, now) in zip(adapters(then), adapters(end), strict=True):
-        assert old.ranks == 8 * learned_then
-        for name in ("A", "B", "router"):
-            rows = old.rows(name)
-            assert torch.equal(now.rows(name)[: len(rows)], rows)
-for (_, born), (_, now) in zip(adapters(copies[0]), adapters(end), strict=True):
-    assert torch.equal(now.rows("router")[0], born.router[0])
-    lengths = now.rows("router").norm(dim=-1)
-    assert lengths[0] < lengths[1:].min() / 1.5  # the others have grown
+# %% unchanged
+after_1 = learn(replace(stream, tasks=stream.tasks[:1]), LoRAMoE, rank=8, top_k=2).model
+apart = 0.0
+for (_, then), (_, now) in zip(adapters(after_1), adapters(four.model), strict=True):
+    for name in ("A", "B", "router"):
+        old = then.rows(name)
+        apart = max(apart, (now.rows(name)[: len(old)] - old).abs().max().item())
+claim("What task 1 left and what is there after task 4 differ by 0", apart, apart == 0)
+lengths = four.model.fc1.rows("router").norm(dim=-1)
+print("lengths of the router's rows in fc1:", *(f"{length:.2f}" for length in lengths))
 
 # %% [markdown]
-# So an old input gets the same logits for the old experts as ever (in the first layer, whose inputs
-# cannot move). Only rivals have joined. A new row is trained to win on its own task's inputs; its
-# logits on older inputs are not trained. On the inputs of a later task its own row leads by far,
-# and takes most of the weight. Task 1's row is untrained, and its logits on its own inputs are near
-# zero: other rows come near them by accident, and share the weight, or win.
+# Not a bit has changed, and fc1 reads the image itself. So there task 1's inputs have the same
+# logit for expert 1 as ever; new are the three logits beside it.
+#
+# **Predict.** In fc1, for which share of task 1's inputs is expert 1's logit the largest of four?
 
-# %%
-with torch.no_grad():
-    reads = [F.layer_norm(task.x_test, (64,)) for task in tasks]  # what fc1 reads
-    logits = [x @ end.fc1.rows("router").T for x in reads]
-    assert torch.allclose(logits[0][:, :1], reads[0] @ copies[1].fc1.router.T, atol=1e-4)
-wins = torch.stack([F.one_hot(l.argmax(-1), J).float().mean(0) for l in logits]).cpu().numpy()
-leads = []  # of the own row, over the best of the others
-for j, l in enumerate(logits):
-    others = torch.cat([l[:, :j], l[:, j + 1 :]], dim=-1).amax(-1)
-    leads.append((l[:, j] - others).mean().item())
-means = torch.stack([l.mean(0) for l in logits]).cpu().numpy()  # (J, J)
-stds = torch.stack([l.std(0) for l in logits]).cpu().numpy()
+# %% predict-4
+first_largest = predict("share of task 1's inputs with expert 1's logit the largest", None)
 
-figure, ax = plt.subplots(figsize=(8, 3), layout="constrained")
-for t in range(J):
-    at = np.arange(J) + 0.16 * (t - 1.5)
-    style = {"color": COLOURS[t], "fmt": MARKERS[t], "ms": 6, "capsize": 2}
-    ax.errorbar(at, means[:, t], yerr=stds[:, t], label=f"row of expert {t + 1}", **style)
-ax.axhline(0, color="grey", lw=0.8)
-ax.set_xticks(range(J), [f"inputs of task {j + 1}" for j in range(J)])
-ax.set(ylabel="logit in fc1, mean ± std", title="Row 1 never learned to know its own")
-ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-print("the right row is the largest for", [f"{wins[j, j]:.0%}" for j in range(J)])
-print("and leads by", [f"{lead:.1f}" for lead in leads])
-assert all(leads[j] > 0.8 and wins[j, j] > 0.9 for j in range(1, J))
-assert abs(means[0, 0]) < 0.3
-assert leads[0] < 0.6
-assert wins[0, 0] < 0.95
+
+# %% logits
+@torch.no_grad()
+def logits_of(model, x):
+    """The router's logits in the three layers: (3, N, E)."""
+    found = []
+
+    def look(layer, inputs):
+        found.append(layer.logits(*inputs))
+
+    hooks = [layer.register_forward_pre_hook(look) for _, layer in adapters(model)]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
+# %% fc1 alt="Bars: the mean logit of each of four experts in fc1, for inputs of four tasks."
+logits = torch.stack([logits_of(four.model, task.x_test) for task in stream.tasks])
+largest = torch.stack([(l.argmax(-1) == j).float().mean(-1) for j, l in enumerate(logits)])
+inputs = [f"inputs of\ntask {j + 1}" for j in range(4)]
+means = dict(zip(inputs, logits[:, 0].mean(1).tolist(), strict=True))
+figures.bars(means, of, "mean logit in fc1")
+first_largest.beside(largest[0, 0].item())
 
 # %% [markdown]
-# ## Give the gate the task
-#
-# If the experts are intact, the right gate must bring the accuracy back. Two such gates, on the
-# rows that the model has now:
-#
-# - **later rows hidden**: for inputs of task j, take away the experts and router rows of later
-#   tasks. The router still chooses among those that are left.
-# - **own expert given**: for inputs of task j, expert j alone, at weight 1. That is the gate of
-#   `minimoe.continual.baselines.ToldLoRA`: the same keys and values load into it, without the
-#   router.
+# On inputs of their own task, experts 2, 3 and 4 have mean logits of 3.3, 3.1 and 3.6, far above
+# the others. Expert 1 has .07 on its own inputs, and the others, with -.44 to -.75, are not far
+# below: its logit is the largest for .74 of these inputs, and the second one that is kept is always
+# a wrong one. The next picture has this share for all layers.
 
-
-# %%
-def hidden(model, n):
-    """A copy with the first n experts and router rows of every layer, as they are now."""
-    shorter, tensors = copy.deepcopy(model), {}
-    for name, layer in adapters(model):
-        for key in ("A", "B", "router"):
-            per = len(getattr(layer, key))  # rows that one task adds
-            rows = layer.rows(key).detach()[: n * per]
-            tensors[f"{name}.frozen_{key}"], tensors[f"{name}.{key}"] = rows[:-per], rows[-per:]
-    load_state(shorter, tensors)
-    return shorter
-
-
-same_experts = adapt(copy.deepcopy(backbone), ToldLoRA, targets=r"fc\d", rank=8)
-load_state(same_experts, {k: v for k, v in state(end).items() if "router" not in k})
-
-later_hidden, own_given = [], []
-with torch.no_grad():
-    for j, task in enumerate(tasks):
-        later_hidden.append(score(hidden(end, j + 1)(task.x_test), task.y_test))
-        label = torch.full((len(task.y_test),), j, device=device)
-        with context(same_experts, label=label):
-            own_given.append(score(same_experts(task.x_test), task.y_test))
-
-bars = {
-    "just learned": learned,
-    "at the end": a[-1],
-    "later rows hidden": later_hidden,
-    "own expert given": own_given,
-}
-figure, ax = plt.subplots(figsize=(9, 3), layout="constrained")
-for i, (name, values) in enumerate(bars.items()):
-    drawn = ax.bar(np.arange(J) + 0.2 * (i - 1.5), values, 0.19, color=COLOURS[i], label=name)
-    ax.bar_label(drawn, fmt="{:.2f}", fontsize=7)
-ax.set_xticks(range(J), [f"task {j + 1}" for j in range(J)])
-ax.set(ylabel="accuracy", ylim=(0, 1.1), title="The experts still know: only the gate was wrong")
-ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-
-assert np.allclose(later_hidden, learned, atol=0.01)  # all of it is back
-assert abs(own_given[0] - learned[0]) < 0.01  # task 1 was learned by its expert alone
-assert min(own_given) > 0.6
-assert np.mean(own_given) > a[-1].mean()
+# %% largest alt="Shares of inputs whose own expert is first, of four tasks in three layers."
+FC, title = ("fc1", "fc2", "fc3"), "own expert has the largest logit"
+figures.matrix(largest, title, inputs, FC)
 
 # %% [markdown]
-# With the later rows hidden, every task is back where it was. With its one expert given, the first
-# task is back, and the others mostly: those were trained together with an older expert. Both
-# repairs need the task's number, which is not given at test.
-#
-# ## Three changes that do not bring task 1 back
-#
-# Keep one expert: no router row is ever trained, and each task's inputs are routed by random rows,
-# in training and at test. Add the balance loss: in a batch of one task it asks for that task to be
-# spread over all experts, also over those of other tasks. Train the old router rows on, beside the
-# new one: they now move for inputs that are not theirs, and ACC changes by little. All on the first
-# three tasks.
-
-
-# %%
-class TrainsOldRows(AdapterLearner):
-    def learn(self, stream, t, fit):
-        if t:
-            grow(self.model)
-        old = [layer.frozen_router.requires_grad_(True) for _, layer in adapters(self.model)]
-        fit(self.with_context, [*parameters(self.model), *old], stream.tasks[t])
-
-
-short = make("permuted-digits", 3)
-assert torch.equal(short.tasks[2].x_train, stream.tasks[2].x_train)  # the same three tasks
-one_kept, one_copies = run_lora_moe(short, top_k=1)
-balanced, _ = run_lora_moe(short, top_k=2, balance=0.1)
-old_rows, _ = run_lora_moe(short, TrainsOldRows, top_k=2)
-a_one, a_balanced, a_old_rows = (np.array(run.matrix) for run in (one_kept, balanced, old_rows))
-mass_balanced = np.array(balanced.records["mass"])
-
-panels = {
-    "Accuracy, top_k 2": a[:4, :3],
-    "Accuracy, top_k 1": a_one,
-    "Weight, no balance loss": mass[3, :3, :3],
-    "Weight, balance 0.1": mass_balanced[3],
-}
-figure, axes = plt.subplots(1, 4, figsize=(9, 2.6), layout="constrained")
-figure.get_layout_engine().set(wspace=0.08)
-for ax, (name, matrix) in zip(axes, panels.items(), strict=True):
-    heat_map(ax, matrix, name)
-    if name.startswith("Weight"):
-        ax.set(xlabel="expert of task", ylabel="inputs of task")
-        ax.set_yticks(range(3), ["1", "2", "3"])
-    else:
-        ax.set(xlabel="tested on task", ylabel="tasks learned")
-for (_, born), (_, now) in zip(adapters(one_copies[0]), adapters(one_copies[-1]), strict=True):
-    assert torch.equal(now.rows("router")[0], born.router[0])
-    assert now.rows("router").abs().max() < 0.2  # N(0, .02), as drawn
-without = a[3, :3].mean()
-print(f"ACC {without:.2f}; balance loss {acc(a_balanced):.2f}, old rows {acc(a_old_rows):.2f}")
-print("task 1 at the end:", [f"{m[3, 0]:.2f}" for m in (a_one, a_balanced, a_old_rows)])
-assert max(m[3, 0] for m in (a_one, a_balanced, a_old_rows)) < learned[0] - 0.2  # lost with all
-assert abs(acc(a_old_rows) - without) < 0.1
-assert acc(a_one) < without - 0.05
-assert a_one.diagonal(-1).mean() < learned[:3].mean() - 0.03  # not even learned as well
-assert mass_balanced[3, 2, 2] < mass[3, 2, 2] - 0.1  # the third task, less on its own expert
+# In fc1 the share is 1 for tasks 2 to 4. Task 1 has .74, .38 and .14; task 2 has .07 in fc3, and
+# task 3 .29 in fc2.
 
 # %% [markdown]
-# The next notebook has experts that score themselves, with no router to train.
+# ## 6. Tell the gate (9 min)
 #
-# ## Exercises
+# If the experts are intact, another gate must bring the accuracy back. Say which experts may be
+# kept, in a row `allowed` (E,) of True and False. For inputs of task j that can be experts 1 to j,
+# as when task j was learned; or expert j alone. The others are hidden: they have weight 0, and the
+# weights of those that are kept sum to 1, as before.
 #
-# **1. A router by hand.** Inputs lie around E centres (E, D) that are far from equally long. Return
-# router rows (E, D) such that, with one expert kept, inputs near centre e go to expert e. The
-# centres themselves do not work: the longest wins too often.
-
-
-# %% exercise 1
-def router_rows(centres):
-    return centres  # replace
-
-
-# %%
-with exercise("1"):
-    for E, seed in ((2, 1), (3, 2), (5, 3)):
-        torch.manual_seed(seed)
-        trial = LoRAMoE(nn.Linear(24, 8), rank=2, top_k=1)
-        for _ in range(E - 1):
-            trial.grow()
-        alike = torch.randn(24) + torch.randn(E, 24)
-        centres = alike / alike.norm(dim=-1, keepdim=True) * torch.linspace(1, 4, E).view(E, 1)
-        with torch.no_grad():
-            rows = router_rows(centres.clone())
-            assert rows.shape == (E, 24), f"for {E} centres the rows are {tuple(rows.shape)}"
-            trial.frozen_router.copy_(rows[:-1])
-            trial.router.copy_(rows[-1:])
-            near = centres.unsqueeze(1) + 0.01 * torch.randn(E, 50, 24)
-            gate = dense_gate(trial, near)[..., ::2]  # (E, 50, E), one column per expert
-        for e in range(E):
-            right = gate[e, :, e].mean().item()
-            assert right > 0.95, (
-                f"{right:.0%} of the inputs near centre {e} of {E} go to expert {e}"
-            )
-
-# %% [markdown]
-# **2. Balance by hand.** Two experts, four inputs, one expert kept, with the logits
+# **Write.** The weights w (..., E) of logits l, where only those of `allowed` may be kept. There
+# may be fewer of them than k.
 #
-# | input | expert 0 | expert 1 |
-# |---|---|---|
-# | 0 | ln 3 | 0 |
-# | 1 | ln 3 | 0 |
-# | 2 | 0 | ln 3 |
-# | 3 | ln 3 | 0 |
+# <details><summary>Hint 1</summary>
+# Change the logits of the others, before the top k, so that their weights come out as 0.
+# </details>
 #
-# What is E Σ f_e P_e? (softmax of (ln 3, 0) is (3/4, 1/4).)
+# <details><summary>Hint 2</summary>
+# The exponential of -∞ is 0: l.masked_fill(~allowed, -torch.inf).
+# </details>
+
 
 # %% exercise 2
-value = None  # replace
+def among(l, k, allowed):
+    raise NotImplementedError
+
 
 # %%
+is_right = False
 with exercise("2"):
-    assert value is not None, "no value yet"
-    table = math.log(3) * torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    apart = abs(value - balance(table))
-    assert apart < 1e-3, f"it is off by {apart:.3f}"
+    l, allowed = torch.tensor([3, 9, 1 / 2, 1 / 4]).log(), torch.tensor([True, False, True, True])
+    slips = {
+        "The others are hidden after the softmax: the sum is not 1.": (1 / 4, 0, 0, 0),
+        "The k are chosen before the others are hidden.": (1, 0, 0, 0),
+        "The others have a logit of 0, and e⁰ = 1 is a weight.": (3 / 4, 1 / 4, 0, 0),
+        "All that are allowed have a weight: keep k of them.": (0.8, 0, 2 / 15, 1 / 15),
+        "Those that are allowed are hidden: ~allowed are the others.": (0, 1, 0, 0),
+        "These are the allowed ones alone: E weights are asked for.": (6 / 7, 1 / 7, 0),
+        "The places are counted among the allowed ones, not among E.": (6 / 7, 1 / 7, 0, 0),
+    }
+    slips = {sentence: torch.tensor(w) for sentence, w in slips.items()}
+    want = torch.tensor([6 / 7, 0, 1 / 7, 0])
+    case = "l = (ln 3, ln 9, ln 1/2, ln 1/4), k = 2"
+    got = among(l.clone(), 2, allowed.clone())
+    expect(f"{case}, all allowed but expert 1", got, want, slips=slips)
+    alone = torch.arange(4) == 2
+    expect(f"{case}, expert 2 allowed alone", among(l.clone(), 2, alone), alone.float())
+    batch = torch.randn(5, 4)
+    want = torch.stack([among(l, 2, allowed) for l in batch])
+    expect("a batch (5, 4): each input by itself", among(batch, 2, allowed), want)
+    is_right = True
 
 # %% [markdown]
-# **3. What is read.** A layer D to O holds E experts of r ranks. For one input it reads every
-# router row, and the keys and values of the kept experts only. Give the largest top_k with which
-# it reads at most a given share of what it stores.
+# The next cell puts it into the layers, with the experts and the router of section 4 as they are.
+#
+# **Predict.** With later experts hidden, what is the accuracy on task 1?
+
+# %% predict-5
+when_hidden = predict("accuracy on task 1, later experts hidden", None)
+
+
+# %% told
+class Among(LoRAMoE):
+    """LoRA-MoE that is told which experts may be kept."""
+
+    allowed = torch.ones(4, dtype=torch.bool)
+
+    def choose(self, x, l):
+        if is_right:  # by your function: the largest weights, and whose they are
+            w, expert = among(l, self.kept, self.allowed).topk(self.kept)
+            return expert, w
+        return super().choose(x, l - 1e9 * ~self.allowed)
+
+
+told = adapt(shipped(), Among, targets=r"fc\d", rank=8, top_k=2)
+load_state(told, state(four.model))
+told.eval()
+
+
+@torch.no_grad()
+def accuracy_among(j, allowed, layers=FC):
+    for name, layer in adapters(told):
+        layer.allowed = allowed if name in layers else Among.allowed
+    return score(told(stream.tasks[j].x_test), stream.tasks[j].y_test)
+
+
+# %% repaired alt="Bars for four tasks: just learned, at the end, later hidden, own expert alone."
+print("Your among runs here." if is_right else "among is not right yet: another runs in its place.")
+experts, bars = torch.arange(4), {}
+for j in range(4):
+    learned, end = four.matrix[j + 1, j], four.matrix[4, j]
+    told_gates = [accuracy_among(j, allowed) for allowed in (experts <= j, experts == j)]
+    bars[f"task {j + 1}"] = (learned, end, *told_gates)
+gates = ["just learned", "at the end", "later experts hidden", "own expert alone"]
+figures.bars(bars, gates, "accuracy")
+when_hidden.beside(bars["task 1"][2])
+off = max(abs(hidden - learned) for learned, _, hidden, _ in bars.values())
+claim("With later experts hidden, no task is off by more than .01", off, off <= 0.01)
+
+# %% [markdown]
+# With later experts hidden, every task is back where it was: .97 or .98. With its own expert alone,
+# task 1 is back as well; tasks 2 to 4 have .94, .93 and .90, as they were trained together with an
+# older expert. No expert was lost. But both gates need the number of the task, which is not given
+# at test.
+#
+# Last, hide later experts in one layer only, and leave the other two as they are.
+
+# %% one-layer alt="Accuracy on tasks 1 to 3 with later experts hidden in one of three layers."
+one_layer = [[accuracy_among(j, experts <= j, (name,)) for name in FC] for j in range(3)]
+figures.matrix(one_layer, "accuracy, later experts hidden", list(bars)[:3], [f"in {n}" for n in FC])
+
+# %% [markdown]
+# Task 1 is not back with any one layer: .63, .69 and .82. Task 2 is back with fc3 (.98), and task 3
+# nearly so with fc2 (.97): the layers in which their own logits are seldom the largest.
+#
+# **Explain**, in two sentences, with sections 2 and 5: why does task 1 fall? And why do tasks 2 and
+# 3, whose rows were trained?
+#
+# <details><summary>An answer</summary>
+# Task 1: while it was learned it had one expert, so its row had no gradient and is as it was drawn;
+# its logits are near 0 on all inputs, and a later row, which nobody trained on these inputs, is
+# above that by accident. This cause is of this set-up: one expert in the first task, the softmax
+# after the top k.<br>
+# Tasks 2 and 3: the softmax compares the rows that are there, so no loss asks for a logit above
+# those to come. Where the own row leads by 3, as in fc1, newcomers stay below it. In fc3 task 2
+# came to use expert 1 more than its own, by .76 to .24; both logits are low (-.1 and -1.6), and
+# newcomers pass them. Task 3 in fc2 has .35, where expert 4 has 1.3.
+# </details>
+
+# %% [markdown]
+# ## 7. Other rows, the same experts (5 min)
+#
+# Is there a way to switch experts off in the router's rows themselves? Set rows 2 to 4 to 0.
+#
+# **Predict.** What is the accuracy on task 1? At the end it had .48, with these hidden .97.
+
+# %% predict-6
+with_zeros = predict("accuracy on task 1, rows 2 to 4 set to 0", None)
+
+
+# %% zeros
+@torch.no_grad()
+def accuracies_with(change):
+    """Accuracy on the four tasks, with rows change(W) in the place of W (4, D) in every layer."""
+    model = copy.deepcopy(four.model)
+    for _, layer in adapters(model):
+        rows = change(layer.rows("router"))
+        layer.frozen_router.copy_(rows[:3])
+        layer.router.copy_(rows[3:])
+    return [score(model(task.x_test), task.y_test) for task in stream.tasks]
+
+
+first_row_alone = accuracies_with(lambda W: torch.cat([W[:1], 0 * W[1:]]))
+with_zeros.beside(first_row_alone[0])
+
+# %% [markdown]
+# It is .40, less than before. A logit of 0 is no weight of 0: it is larger than every negative
+# logit, and experts 2 to 4 now have it for all inputs.
+#
+# **Break.** No number of A or B may change. From W (4, D) return other rows, with which the mean
+# accuracy on the four tasks falls below .2; it was .78. D differs from layer to layer.
+#
+# <details><summary>Hint</summary>
+# Which expert does most harm to an input? Let each input choose that one.
+# </details>
 
 
 # %% exercise 3
-def most_kept(D, O, r, E, share):
-    return 1  # replace
+def wrong_rows(W):
+    raise NotImplementedError
 
 
 # %%
 with exercise("3"):
+    W = torch.randn(4, 64)
+    rows = wrong_rows(W.clone())
+    shape = rows if rows is None else tuple(rows.shape)
+    expect("W of shape (4, 64): the shape of the rows", shape, (4, 64))
+    alike = F.cosine_similarity(rows, W).min().item()
+    assert alike < 0.99, "the rows point where they did: each input has the same order of logits"
+    after_change = accuracies_with(wrong_rows)
+    print("accuracy on the four tasks:", *(f"{a:.2f}" for a in after_change))
+    mean = sum(after_change) / 4
+    assert mean < 0.2, f"the mean is {mean:.2f}, it is to be below .2"
+
+# %% [markdown]
+# <details><summary>What does that show?</summary>
+# The same experts give .97 or chance: the router decides. With the opposite rows, -W, the four have
+# .10, .07, .07 and .06, as with no expert at all; with random rows about .3, since a random choice
+# is sometimes right.
+# </details>
+
+# %% [markdown]
+# ## 8. At home: causes and changes (15 min)
+#
+# **Two experts for each task.** If task 1 falls because its row had no gradient, it should fall
+# less where it has one. So each task adds two experts of four ranks, in place of one of eight; two
+# are kept. We take the first three tasks; there task 1 fell to .55.
+#
+# **Predict.** What is the accuracy on task 1 after task 3?
+
+# %% predict-7
+with_pairs = predict("accuracy on task 1 after task 3, two experts for each task", None)
+
+# %% pairs
+three = replace(stream, tasks=stream.tasks[:3])
+pairs = learn(three, LoRAMoE, rank=8, top_k=2, experts=2)
+with_pairs.beside(pairs.matrix[3, 0])
+more = pairs.matrix[3, 0] - four.matrix[3, 0]
+claim("Task 1 has at least .1 more than with one expert for each task", more, more >= 0.1)
+
+# %% [markdown]
+# It has about .74: more, and not .97. The first cause is removed, the second is not. (Something
+# else changed too: an input now uses 8 ranks, not 16. With k = 4 it is 16 again, and task 1 has
+# .85.)
+#
+# **A loss for balance.** Where many experts train at once, a few tend to take all inputs. Switch
+# Transformers add a loss against that. Over N inputs,
+#
+#     balance = E · Σ_e f_e P_e
+#
+# f_e is the share that e has of the N · k kept places, P_e the mean of the softmax of all E logits.
+# It is 1 where both are even, and nearly E where one expert takes all.
+#
+# By hand: two experts, k = 1, and four inputs with the logits (ln 3, 0), (ln 3, 0), (0, ln 3),
+# (ln 3, 0). f = (3/4, 1/4). The softmax of (ln 3, 0) is (3/4, 1/4), so P = (5/8, 3/8), and the loss
+# is 2 · (15/32 + 3/32) = 1.125.
+#
+# **Write.** The loss, for logits l (N, E) and any k.
+#
+# <details><summary>Hint</summary>
+# f: F.one_hot(l.topk(k).indices, E) has a 1 for each kept place; its shape is (N, k, E).
+# </details>
+
+
+# %% exercise 4
+def balance_of(l, k):
+    raise NotImplementedError
+
+
+# %%
+with exercise("4"):
+    l = math.log(3) * torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
+    slips = {
+        "E is left out.": 0.5625,
+        "f or P is a sum over the inputs: take shares, and the mean.": 4.5,
+        "f twice: P is the mean of the softmax.": 1.25,
+        "P twice: f counts which are kept.": 1.0625,
+    }
+    expect("the four inputs by hand, k = 1", balance_of(l.clone(), 1), 1.125, slips=slips)
+    for N, E, k in ((6, 4, 2), (9, 5, 3)):
+        l = torch.randn(N, E)
+        want = switch_balance(l, l.topk(k).indices, torch.ones(N)).item()
+        slips = {"There are N · k kept places, not N: the shares sum to 1.": k * want}
+        expect(f"{N} inputs, {E} experts, k = {k}", balance_of(l.clone(), k), want, slips=slips)
+
+# %% [markdown]
+# **Three more changes**, on the same three tasks: k = 1; .1 times the loss for balance; and old
+# rows of the router that train on beside the new one.
+
+
+# %% changes
+class OldRowsTrain(AdapterLearner):
+    def learn(self, stream, t, fit):
+        if t:
+            grow(self.model)
+        old = [layer.frozen_router.requires_grad_() for _, layer in adapters(self.model)]
+        fit(self.with_context, [*parameters(self.model), *old], stream.tasks[t])
+
+
+def trains_old_rows(model, stream):
+    return OldRowsTrain(model, LoRAMoE, rank=8, top_k=2)
+
+
+one_kept = learn(three, LoRAMoE, rank=8, top_k=1).matrix
+balanced = learn(three, LoRAMoE, rank=8, top_k=2, balance=0.1)
+old_rows = run_stream(trains_old_rows, shipped(), three, seed=0, epochs=20).matrix
+
+# %% compared alt="Bars: accuracy on three tasks at the end, for the router and four changes of it."
+ends = {
+    "as before": four.matrix[3, :3],
+    "two experts\nfor each task": pairs.matrix[3],
+    "k = 1": one_kept[3],
+    "loss for\nbalance": balanced.matrix[3],
+    "old rows\ntrain": old_rows[3],
+}
+figures.bars(ends, ["task 1", "task 2", "task 3"], "accuracy after task 3")
+
+# %% [markdown]
+# Task 1 has .55, .74, .20, .54 and .51. With k = 1 no row is ever trained: random rows choose, in
+# training and at test. The loss for balance asks that inputs of one task go to all experts, also to
+# those of other tasks: inputs of task 3 give their own .50 of the weight in place of .74. Old rows
+# that train on learn from the new task's inputs, and old inputs are not there.
+#
+# **Write.** For one input a layer reads every row of the router, and the keys and values of the
+# kept experts. It stores E (D + r (D + O)) numbers. Return the largest k with which it reads at
+# most a given share of what it stores.
+
+
+# %% exercise 5
+def most_kept(D, O, r, E, share):
+    raise NotImplementedError
+
+
+# %%
+with exercise("5"):
     for D, O, r, E, share in ((64, 64, 2, 16, 0.5), (32, 96, 4, 8, 0.4), (128, 64, 1, 20, 0.7)):
-        kept, fits = most_kept(D, O, r, E, share), []
-        for top_k in (kept, kept + 1):
-            trial = adapt(nn.Sequential(nn.Linear(D, O)), LoRAMoE, "0", rank=r, top_k=top_k)
-            for _ in range(E - 1):
-                grow(trial)
+        trial = adapt(nn.Sequential(nn.Linear(D, O)), LoRAMoE, "0", rank=r, top_k=1)
+        for _ in range(E - 1):
+            grow(trial)
+        fits = []
+        for k in range(1, E + 1):
+            trial[0].top_k = k
             fits.append(count(trial)["read"] <= share * count(trial)["stored"])
-        case = f"for {share:.0%} of {E} experts of {r} ranks, {D} to {O}"
-        assert fits[0], f"top_k {kept} reads too much {case}"
-        assert not fits[1], f"top_k {kept} is not the largest {case}"
+        slips = {
+            "One too many: with this k it reads more than the share.": sum(fits) + 1,
+            "The router's rows are left out: all E of them are read.": int(share * E),
+        }
+        case = f"D = {D}, O = {O}, r = {r}, E = {E}, share {share}"
+        expect(case, most_kept(D, O, r, E, share), sum(fits), slips=slips)
+
+# %% [markdown]
+# What `LoRAMoE` has of three papers, and what it leaves out, is said at the top of
+# `minimoe/lora_moe.py` (MoE-Adapters4CL), `minimoe/schemes/mixlora.py` (MixLoRA) and
+# `minimoe/schemes/lora_moe_plugin.py` (the paper named LoRAMoE).
+
+# %% [markdown]
+# ## 9. Exit ticket (5 min)
+#
+# **Summary.** A router gives each expert one weight for each input: a softmax over the k largest of
+# its logits. The loss trains it only through weights that can change, so a row that is alone is not
+# trained. A new row is trained on the new task; its logits on older inputs are left to chance. Four
+# tasks end at ACC .78, though every old number is the same, and a gate that is told the task brings
+# all of it back. What is lost is the choice. In the next notebook the keys of the experts choose.
+#
+# **1.** l = (0, ln 4, -1), k = 2, r = 2. What is g?
+#
+# <details><summary>Answer</summary>
+# Experts 0 and 1 are kept; their eˡ are 1 and 4. g = (.2, .2, .8, .8, 0, 0).
+# </details>
+#
+# **2.** Does a router learn where one expert is kept?
+#
+# <details><summary>Answer</summary>
+# With the softmax after the top k no: the weight is 1, and the gradient 0. With the softmax before
+# it, as in Switch Transformers, yes.
+# </details>
+#
+# **3.** After task 4, task 1 has .48. Is what was learned lost? Name an experiment that tells.
+#
+# <details><summary>Answer</summary>
+# Force the old choice: hide later experts, or allow the own one alone, and test again. Here task 1
+# has its .97 back, so nothing of it was lost but the choice.
+# </details>
