@@ -1,6 +1,7 @@
 """Lessons: a right function is right, a wrong one is told how; what is shipped is what it says."""
 
 import itertools
+import itertools
 import re
 
 import matplotlib.pyplot as plt
@@ -570,6 +571,7 @@ def test_hints_come_one_by_one(capsys):
 
 A = [[0.06, 0.04, 0.03], [0.97, 0.05, 0.03], [0.6, 0.96, 0.03], [0.55, 0.97, 0.96]]
 NAMES = ["just learned", "at the end", "later experts hidden", "own expert alone"]
+CROWD = {name: (9, 9.8) for name in "abcd"}
 PICTURES = {
     "equation": lambda: figures.equation("zg"),
     "digits": lambda: figures.digits(make("permuted-digits", 2)),
@@ -579,6 +581,7 @@ PICTURES = {
     "bars of four": lambda: figures.bars(dict.fromkeys("abcd", (0.9, 1, -0.9, 1)), NAMES, ""),
     "curves": lambda: figures.curves({"LoRA": A, "MoRA": A}),
     "lines": lambda: figures.lines((1, 8), {"a": (2, 5), "b": (5, 5)}, "x", "y", "t", (0, 10)),
+    "crowded": lambda: figures.lines((1, 2), CROWD, "x", "y", "t", (0, 10)),
     "spread": lambda: figures.spread({"a": (0.1, 0.3), "b": (0.5, 0.5)}, "ACC", "title", (0, 1)),
 }
 
@@ -622,6 +625,13 @@ def test_lines_of_any_height_have_names_apart(picture):
     assert axes.get_ylim() == (0, 10) and np.allclose(axes.lines[1].get_ydata(), [5, 5])
     low, high = sorted(text.get_position()[1] for text in axes.texts)
     assert high - low == pytest.approx(0.73)
+
+
+@pytest.mark.parametrize("picture", ["crowded"], indirect=True)
+def test_names_at_the_top_stay_in_the_picture(picture):
+    (axes,) = picture.axes
+    heights = sorted(text.get_position()[1] for text in axes.texts)
+    assert heights[-1] <= 10 and all(b - a > 0.72 for a, b in itertools.pairwise(heights))
 
 
 @pytest.mark.parametrize("picture", ["spread"], indirect=True)

@@ -139,6 +139,10 @@ def lines(
         ends.sort(key=lambda end: end[0])
         for lower, upper in itertools.pairwise(ends):
             upper[0] = max(upper[0], lower[0] + apart)  # names that do not cover each other
+        top = limits[1] - apart / 2
+        for end in reversed(ends):  # nor leave the picture
+            end[0] = min(end[0], top)
+            top = end[0] - apart
         for height, text, colour in ends:
             axes.text(places[-1], height, text, va="center", color=colour)
         axes.set(xlabel=xlabel, ylabel=ylabel, ylim=limits, title=title)
