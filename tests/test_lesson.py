@@ -1,7 +1,6 @@
 """Lessons: a right function is right, a wrong one is told how; what is shipped is what it says."""
 
 import itertools
-import itertools
 import re
 
 import matplotlib.pyplot as plt
@@ -571,7 +570,7 @@ def test_hints_come_one_by_one(capsys):
 
 A = [[0.06, 0.04, 0.03], [0.97, 0.05, 0.03], [0.6, 0.96, 0.03], [0.55, 0.97, 0.96]]
 NAMES = ["just learned", "at the end", "later experts hidden", "own expert alone"]
-CROWD = {name: (9, 9.8) for name in "abcd"}
+CROWD = dict.fromkeys("abcd", (9, 9.8))
 PICTURES = {
     "equation": lambda: figures.equation("zg"),
     "digits": lambda: figures.digits(make("permuted-digits", 2)),
