@@ -463,6 +463,16 @@ def test_an_answer_that_changes_its_input_spoils_no_other_answer():
         assert torch.equal(case["z"], z)
 
 
+def test_an_answer_that_changes_torch_for_all_is_told_so_and_the_change_undone():
+    def wide(x, W0, A, B):
+        torch.set_default_dtype(torch.float64)
+        return lora(x, W0, A, B)
+
+    with pytest.raises(Wrong, match="changes torch's default dtype from torch.float32 to torch"):
+        check("lora", wide)
+    assert torch.get_default_dtype() is torch.float32
+
+
 def test_every_slip_is_wrong_and_no_two_are_alike():
     for name, question in QUESTIONS.items():
         told = {sentence for sentence, _ in question.slips}

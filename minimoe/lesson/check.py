@@ -27,7 +27,7 @@ from ..laws import (
     zero_is_finite,
 )
 from ..laws.case import Broken, Case, cases
-from ..laws.check import Row, claimed, drawn
+from ..laws.check import Row, claimed, drawn, unchanged
 from ..laws.laws import LAWS, Law
 from ..laws.same import same
 from ..tools.exercise import Wrong
@@ -178,7 +178,7 @@ def answer(function: Callable[..., Any], case: Inputs) -> Any:
     """What it gives, or the exception that it raises, of copies of the inputs."""
     inputs = [v.clone() if isinstance(v, Tensor) else v for v in case.values()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged():
             got = function(*inputs)
     except Exception as error:  # whatever an unfinished answer raises
         return error
