@@ -468,7 +468,7 @@ def test_an_answer_that_changes_torch_for_all_is_told_so_and_the_change_undone()
         torch.set_default_dtype(torch.float64)
         return lora(x, W0, A, B)
 
-    with pytest.raises(Wrong, match="changes torch's default dtype from torch.float32 to torch"):
+    with pytest.raises(Wrong, match="changes torch's default dtype"):
         check("lora", wide)
     assert torch.get_default_dtype() is torch.float32
 
