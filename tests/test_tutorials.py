@@ -444,6 +444,8 @@ def test_slides_are_the_notebooks_cells_with_notes_of_the_guide(tmp_path, capsys
     assert [int(row.split()[1]) for row in slides.notes().values()] == [int(m) for _, m in sections]
     stored = nbformat.read(TUTORIALS / "00_first_hour.ipynb", as_version=4)
     below = sum(slides.kind(cell) == "subslide" for cell in stored.cells)
+    apart = [cell for cell in stored.cells if ".beside(" in cell.source]
+    assert len(apart) == 8 and {slides.kind(cell) for cell in apart} == {"subslide"}
     assert below >= 12 and page.count("<section") == 2 * (1 + len(sections)) + below
     assert "SOURCE = " not in page and "<svg" not in page.partition("</head>")[0]
     assert slides.main(["09_none"]) == 2
