@@ -306,7 +306,7 @@ ROSTER: dict[str, Entry] = {
     ),
     "mixda": Entry(
         "atlas",
-        "whole LoRAs trained to be silent on the base domain, then a gate, the base in it",
+        "whole LoRAs trained to add 0 on the base domain, then a gate, the base in it",
         schemes.mixda.MixDA,
         schemes.mixda.MixDALearner,
         {**TOY, "keep": 20},

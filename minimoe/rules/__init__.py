@@ -2,7 +2,7 @@
 
 keeping.py    use, keep, prune: how much each expert is used; some of them; the best of them
               merge: those kept take in the others
-serving.py    skip, quantise, nudge: a weak second falls silent; fewer bits; some are preferred
+serving.py    skip, quantise, nudge: a weak second gets weight 0; fewer bits; some are preferred
 making.py     upcycle, extract, merged: one LoRA as many experts; one expert as a LoRA; all as a
               plain linear layer
               choose_experts: of whole adapted models, a few that are able and unlike

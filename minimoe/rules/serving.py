@@ -1,4 +1,4 @@
-"""What changes answers alone: fewer bits, a second expert that falls silent, some preferred ones.
+"""What changes answers alone: fewer bits, a second expert that gets weight 0, some preferred ones.
 
 Axes, errors: those of rules/__init__.py.
 """
@@ -17,7 +17,7 @@ from .parts import copied, rows_of, these
 
 @torch.no_grad()
 def skip(layer: Adapter, x: Tensor) -> Any:
-    """In evaluation, of two kept experts with weights w1 >= w2, the second is silent where w2 <
+    """In evaluation, of two kept experts with weights w1 >= w2, the second gets weight 0 where w2 <
     beta w1, and the first has the weight of both; beta: the median of w2 / w1 on x (2402.14800).
     No file holds this. Raises ValueError if the gate does not keep two, with weights >= 0."""
     new, kind = copied(layer), layer.claims

@@ -1,4 +1,4 @@
-"""MixDA: LoRAs trained alone, to be silent on what the model knows; then a gate, the base in it.
+"""MixDA: LoRAs trained alone, to add 0 to what the model knows; then a gate, the base in it.
 
 Mixture-of-Domain-Adapters: Decoupling and Injecting Domain Knowledge to Pre-trained Language Models
 Memories. Diao et al., arXiv 2306.05406.

@@ -11,7 +11,7 @@ w(t), the weights of the task t that the sample is said to be of, are numbers of
 no softmax. Since all u are orthogonal and of length 1, the update is of the same length for every
 input of a task, scale · ‖w(t)‖: what an expert says is its direction alone. Who comes first keeps
 his direction, so that u_e is the same whatever comes later. An expert that says nothing beyond the
-others is silent: u_e = 0. There can be O that are not.
+others adds nothing: u_e = 0. There can be O that are not.
 
 Axes: B batch, T tokens, D in, O out, R ranks in all, r ranks per task, E experts, K kept.
 x (..., D), W0 (O, D), A (R, D) keys, B (R, O) values, w (E, tasks); one expert per task: R = E·r.

@@ -1,4 +1,4 @@
-"""Energy: the k loudest ranks, each weighing its share of the energy.
+"""Energy: the k ranks with the largest |z|, each weighing its share of the energy.
 
 An idea of tutorial 06: MoRA's scores are z / ‖z‖, whose squares sum to 1. They are weights already,
 without a softmax and its temperature.

@@ -1,4 +1,4 @@
-"""A sharp softmax over the loudest ranks, which claims what it does not keep.
+"""A sharp softmax over the ranks with the largest |z|, which claims what it does not keep.
 
 Its mistakes: in training scores are centred over the batch, so that a token's output depends on the
 other tokens; weights sum to k and not to 1; and what is stated has no centring.
