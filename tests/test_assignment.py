@@ -74,6 +74,7 @@ def test_a_right_file_has_all_that_a_machine_gives(tmp_path):
     assert broken(found) == set() and found["laws"]["true but not claimed"] == []
     assert found["written"]["words"] == 6 and len(found["written"]["questions"]) == 3
     assert {p.name for p in tmp_path.iterdir()} == {"grade.json", "report.md"}
+    assert grade.lost(found) == []
 
 
 @pytest.mark.slow
@@ -94,6 +95,9 @@ def test_a_lazy_file_pays_for_each_true_claim_that_it_drops(tmp_path):
     assert 4 <= found["stream"]["points"] <= 16  # it is the grown LoRA, but for what it says
     same = [row for row in found["stream"]["differences"] if row["of"].endswith("grown")]
     assert [(row["mean"], row["points"]) for row in same] == [(0, 4), (0, 4)]
+    lost = grade.lost(found)
+    assert lost[:2] == ["law zero_at_birth is not claimed", "law granularity is not claimed"]
+    assert lost[2] == "zero_at_birth=True is true, and not claimed" and len(lost) >= 8
 
 
 @pytest.mark.slow
@@ -104,6 +108,10 @@ def test_a_wrong_file_pays_for_claims_and_for_the_equation(tmp_path):
     assert found["laws"]["points"] == 4 * 4 + max(0, 20 - 4 * len(others)) <= 32
     training = [row["points"] for row in found["equation"]["situations"]]
     assert training == [0, 5, 0, 5] and found["equation"]["points"] == 10
+    lost = "\n".join(grade.lost(found))
+    assert "law simplex is broken: top_k 2: a token's weights sum to 1 +1; " in lost
+    assert "equation, T 5, D 7, O 9, ranks 3, tasks 1, training True: y is off by" in lost
+    assert lost.count("equation, ") == 2 and "is true, and not" not in lost
 
 
 @pytest.mark.slow
@@ -239,7 +247,8 @@ def test_a_file_that_hangs_has_a_grade_within_its_time(tmp_path):
     start = time.monotonic()
     command = [sys.executable, FOLDER / "grade.py", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"0 of 80 points: {out}\n", "")
+    said = f"0 of 80 points: {out}\n  takes longer than 1 s"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{said}\n", "")
     assert time.monotonic() - start < 60  # of which all but 1 s to start
     found = json.loads(out.read_text(encoding="utf-8"))
     assert points(found) == {"laws": 0, "equation": 0, "stream": 0, "written": None}

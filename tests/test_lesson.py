@@ -376,6 +376,8 @@ RIGHT_VALUES = [
     ([1, (2.0, "a")], (1, [2, "a"])),
     ("a", "a"),
     (None, None),
+    ((torch.tensor([0.8, 0]), np.array([0.2])), ((0.8, 0), (0.2,))),
+    (np.array([0.8, 0.2]), [0.8, 0.2]),
 ]
 WRONG_VALUES = [
     (torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 2.0]])),
@@ -421,6 +423,14 @@ def test_a_wrong_value_is_shown_its_case_and_told_its_slip(capsys):
         "  got       None",
         "  slip      `return` is missing.",
     ]
+
+
+@pytest.mark.parametrize("got", [[1.0, 2.0], np.array([1.0, 2.0]), torch.tensor([[1.0], [2.0]])])
+def test_right_numbers_in_another_form_are_told_so(got):
+    with pytest.raises(Wrong, match=r"The numbers are right: return a tensor of shape \(2,\)\."):
+        expect("case", got, torch.tensor([1.0, 2.0]))
+    with pytest.raises(Wrong, match=r"^(?!.*numbers are right)"):
+        expect("case", [1.0, 3.0], torch.tensor([1.0, 2.0]))
 
 
 def test_what_check_refuses_does_not_run(capsys):

@@ -12,6 +12,7 @@ from functools import lru_cache
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,7 +154,20 @@ def expect(
         if same_value(got, slip, within):
             lines.append(f"slip      {sentence}")
             break
+    else:
+        if isinstance(want, Tensor) and same_numbers(got, want, within):
+            form = f"a tensor of shape {tuple(want.shape)}"
+            lines.append(f"slip      The numbers are right: return {form}.")
     raise Wrong("\n".join(lines))
+
+
+def same_numbers(got: Any, want: Tensor, within: float) -> bool:
+    """The same numbers in another form."""
+    try:
+        flat = torch.as_tensor(got, dtype=torch.float64).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return same_value(flat, want.flatten(), within)
 
 
 def same_value(got: Any, want: Any, within: float) -> bool:
@@ -163,6 +177,7 @@ def same_value(got: Any, want: Any, within: float) -> bool:
         got, want = got.detach().cpu().double(), want.detach().cpu().double()
         return torch.allclose(got, want, rtol=0, atol=within)
     if isinstance(want, list | tuple):
+        got = got.tolist() if isinstance(got, Tensor | np.ndarray) else got
         return (
             isinstance(got, list | tuple)
             and len(got) == len(want)

@@ -298,7 +298,35 @@ def main(words: list[str] | None = None) -> int:
         print(f"grade.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{result['points']} of 80 points: {args.out}")
+    for line in lost(result):
+        print(f"  {line}")
     return 0
+
+
+def lost(result: dict[str, Any]) -> list[str]:
+    """A line for each thing that points were lost for."""
+    parts = [result[part] for part in ("laws", "equation", "stream")]
+    lines = [*dict.fromkeys(part["evidence"] for part in parts if "evidence" in part)]
+    laws, equation, stream = parts
+    for row in laws.get("laws", ()):
+        if row["verdict"] == "broken":
+            lines.append(f"law {row['law']} is broken: {row['evidence']}")
+        elif row["verdict"] == "not claimed" and row["law"] in REQUIRED:
+            lines.append(f"law {row['law']} is not claimed")
+    lines += [f"{claim} is true, and not claimed" for claim in laws.get("true but not claimed", ())]
+    for row in equation.get("situations", ()):
+        if row["points"] < SAME_Y + SAME_DX:
+            why = row.get("evidence") or (
+                f"y is off by {row['y']:.1g} (allowed {WITHIN_Y:g}), "
+                f"dy/dx by {row['dx']:.1g} ({WITHIN_DX:g})"
+            )
+            lines.append(f"equation, {row['at']}: {why}")
+    for row in stream.get("differences", ()):
+        if row["points"] < NOT_WORSE:
+            low, high = row["interval"]
+            ends = "" if low is None else f", interval {low:.2f} to {high:.2f}"
+            lines.append(f"stream, {row['of']}: {row['mean']:.2f}{ends}: {row['points']} points")
+    return lines
 
 
 if __name__ == "__main__":
