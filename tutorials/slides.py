@@ -1,9 +1,9 @@
 """Slides of a notebook, from its own cells: python tutorials/slides.py [NAME] [FILE]
 
 A slide for each section, below it one for each exercise, picture and outcome of a prediction.
-Speaker's notes (key S) are the section's row in TEACHING.md. By default of 00_first_hour, in
-NAME.slides.html. What is shown is the stored notebook, with its outputs. The page takes reveal.js
-from the network.
+Speaker's notes (key S) are the section's row in TEACHING.md, of the core. By default of
+00_first_hour, in NAME.slides.html. What is shown is the stored notebook, with its outputs. The page
+takes reveal.js from the network.
 """
 
 import re
@@ -31,13 +31,14 @@ def kind(cell: NotebookNode) -> str:
     return "subslide" if title.startswith("exercise") or re.search(APART, cell.source) else "-"
 
 
-def notes() -> dict[str, str]:
-    """Of TEACHING.md: what to say in each section of 00, by its number."""
+def notes(name: str) -> dict[str, str]:
+    """Of TEACHING.md: what to say in each section of a notebook, by its number; {} if nothing."""
     guide = (HERE / "TEACHING.md").read_text(encoding="utf-8")
-    table = guide.partition("## 00, step by step")[2].partition("\n## ")[0]
+    table = guide.partition(f"## {name[:2]}, step by step")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\|.*\|$", table, re.M)
     heads, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in re.findall(r"^\|.*\|$", table, re.M)
+        for line in lines or ["|", "|"]
     )
     return {
         row[1].split()[0]: "\n\n".join(
@@ -50,7 +51,7 @@ def notes() -> dict[str, str]:
 def slides(name: str) -> str:
     """The page. Raises FileNotFoundError if there is no such notebook."""
     notebook = nbformat.read(HERE / f"{name}.ipynb", as_version=4)
-    said, cells = notes() if name.startswith("00") else {}, []
+    said, cells = notes(name), []
     for cell in notebook.cells:
         cell.metadata["slideshow"] = {"slide_type": kind(cell)}
         cells.append(cell)
@@ -76,6 +77,7 @@ def main(words: list[str]) -> int:
     except OSError as error:
         print(f"slides: error: {error}", file=sys.stderr)
         return 2
+    print(file)
     return 0
 
 
