@@ -20,12 +20,14 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 SOURCE = "minimoe-0.1.0-py3-none-any.whl"  # the teacher sets it: a wheel, or git+URL@TAG
-NEEDED = "torch numpy matplotlib sklearn safetensors hypothesis joblib pydantic scipy tqdm "
+NEEDED = "numpy matplotlib scikit-learn safetensors hypothesis joblib pydantic scipy tqdm "
 NEEDED += "typing_extensions"
+missing = [n for n in NEEDED.split() if find_spec(n.replace("scikit-learn", "sklearn")) is None]
+if missing:  # none of these brings a torch with it
+    get_ipython().run_line_magic("pip", f"install -q {' '.join(missing)}")
 if find_spec("minimoe") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {SOURCE}")
-missing = [name for name in NEEDED.split() if find_spec(name) is None]
-print(*missing, "to be installed (sklearn: scikit-learn)" if missing else "nothing is missing")
+print("torch is there" if find_spec("torch") else "get torch first: pytorch.org says how")
 
 # %%
 import torch

@@ -8,7 +8,8 @@
 # 3. change the outputs for old inputs without a change of any old number, and name data on which
 #    that happens by itself.
 #
-# **Time.** 60 minutes in class and 30 at home, of which the computer needs half a minute.
+# **Time.** 60 minutes in class: sections 1 to 8. 30 at home: "At home", after section 7. The
+# computer needs half a minute.
 # **You need** notebook 01; 00 and 02 are a good start.
 
 # %% install
@@ -17,12 +18,14 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 SOURCE = "minimoe-0.1.0-py3-none-any.whl"  # the teacher sets it: a wheel, or git+URL@TAG
-NEEDED = "torch numpy matplotlib sklearn safetensors hypothesis joblib pydantic scipy tqdm "
+NEEDED = "numpy matplotlib scikit-learn safetensors hypothesis joblib pydantic scipy tqdm "
 NEEDED += "typing_extensions"
+missing = [n for n in NEEDED.split() if find_spec(n.replace("scikit-learn", "sklearn")) is None]
+if missing:  # none of these brings a torch with it
+    get_ipython().run_line_magic("pip", f"install -q {' '.join(missing)}")
 if find_spec("minimoe") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {SOURCE}")
-missing = [name for name in NEEDED.split() if find_spec(name) is None]
-print(*missing, "to be installed (sklearn: scikit-learn)" if missing else "nothing is missing")
+print("torch is there" if find_spec("torch") else "get torch first: pytorch.org says how")
 
 # %%
 import copy
@@ -139,6 +142,8 @@ with exercise("1"):
         "1/9 is below δ: δ is compared with s, not with w.": ((0.8, 0, 0.2), (0.8, 0, 0.2)),
         "Rescaled after δ: what is left is not.": ((0.8, 0, 0.2), (1, 0, 0)),
         "The larger score has the larger weight.": ((0.2, 0, 0.8), (0, 0, 0.8)),
+        "These are scores: take a softmax of s / τ.": ((4 / 9, 0, 1 / 9), (4 / 9, 0, 0)),
+        "There is no norm: the softmax is of s / τ, s = z / 9.": ((1, 0, 0), (1, 0, 0)),
     }
     want = (0.8, 0, 0.2), (0.8, 0, 0)
     expect("z = (4, -8, 1), training, evaluation", weights_by_hand(), want, 0.002, slips)
@@ -195,34 +200,46 @@ def mora_layer(x, W0, A, B, k, tau, delta):
 
 
 # %% [markdown]
-# The first cases below are the layer of above with δ = .5 and δ = .27, and the input -x. The others
-# are drawn, and compared with `minimoe.MoRA`.
+# The first cases below are the layer above with δ = .6, .5 and .27, with another W0, and with -x.
+# The others are drawn, and compared with `minimoe.MoRA`.
 
 # %% slips
-SLIPS = {  # what y is, for x and δ = .5
+SLIPS = {  # what y is, for x and δ = .6
     "Kept by size: sign decides.": (2, 8.066),
     "The norm is over the kept ranks: it is over all R.": (2, 6.256),
-    "There is no norm: the softmax is of s / τ, not of z / τ.": (2.004, 8.995),
+    "There is no norm: the softmax is of s / τ, and δ is compared with s.": (2.004, 8.995),
+    "The softmax is of z / τ: take it of s / τ.": (2, 8.994),
     "τ is left out: divide by it.": (2, 4.669),
     "s is multiplied by τ: divide by it.": (2, 3.885),
     "The softmax is over all R: take it over the kept.": (2, 5.464),
     "δ is left out: this is the output in training.": (4, 6),
-    "Rescaled after δ: what is left is not.": (2, 9),
+    "Rescaled after δ, or δ comes before the top k: what is left is not rescaled.": (2, 9),
+    "Scores below δ are 0 in the softmax, and e⁰ = 1: set the weights to 0.": (3.291, 7.063),
     "(g ⊙ z) B has the product z, not the score s.": (2, -1.714),
     "(g ⊙ z) B: z is left out.": (2, -1.5),
     "x W0ᵀ is left out.": (0, 9),
 }
 SLIPS = {sentence: torch.tensor(y, dtype=torch.float) for sentence, y in SLIPS.items()}
 MORE = {
+    "δ was compared with s / τ: compare it with s.": torch.tensor([4.0, 6.0]),
     "δ was compared with w: compare it with s.": torch.tensor([2.0, 6.0]),
     "δ was compared with the size of s: the sign counts.": torch.tensor([8.352, 14.969]),
+}
+OTHER_W0 = {
+    "x W0 is not x W0ᵀ: write x @ W0.T.": torch.tensor([2.0, 8.0]),
+    "x stands in the place of x W0ᵀ.": torch.tensor([2.0, 6.0]),
 }
 
 # %%
 with exercise("2"):
-    rest = torch.eye(2), A, B, 2, tau
-    expect("x = (2, -3), δ = .5", mora_layer(x, *rest, 0.5), torch.tensor([2.0, 6.0]), slips=SLIPS)
-    expect("x = (2, -3), δ = .27", mora_layer(x, *rest, 0.27), torch.tensor([4.0, 6.0]), slips=MORE)
+    rest, right = (torch.eye(2), A, B, 2, tau), torch.tensor([2.0, 6.0])
+    expect("x = (2, -3), δ = .6", mora_layer(x, *rest, 0.6), right, slips=SLIPS)
+    expect("x = (2, -3), δ = .5", mora_layer(x, *rest, 0.5), right, slips=MORE)
+    W0, right = torch.tensor([[1.0, 1.0], [0.0, 1.0]]), torch.tensor([-1.0, 6.0])
+    case = "x = (2, -3), δ = .5, W0 = ((1, 1), (0, 1))"
+    expect(case, mora_layer(x, W0, *rest[1:], 0.5), right, slips=OTHER_W0)
+    want = torch.tensor([4.0, 6.0])
+    expect("x = (2, -3), δ = .27", mora_layer(x, *rest, 0.27), want, slips=MORE)
     want = torch.tensor([9.969, 14.969])
     expect("x = (-2, 3), δ = .27", mora_layer(-x, *rest, 0.27), want, slips=MORE)
     for k, delta in ((1, 0.2), (3, 0.2), (4, 0.0), (2, 0.6)):
@@ -256,7 +273,8 @@ figures.bars(groups, ["rank 0", "rank 1", "rank 2"], "weights in training, s = (
 # At τ = .02 rank 2 has all the weight, at .2 it has .94, at 1 it has .54, and at 100 each has .33.
 # With k = 1 the one kept weight is 1 at every τ.
 #
-# So LoRA is inside: with all R ranks kept and τ → ∞, MoRA is LoRA with its scale divided by R.
+# So LoRA is inside: in training (or with δ = -1, which is no threshold), with all R ranks kept and
+# τ → ∞, MoRA is LoRA with its scale divided by R.
 
 # %% inside
 flat = three_ranks(top_k=3, tau=1e9)
@@ -334,7 +352,8 @@ settings = {"rank": 8, "top_k": 8, "tau": 0.1, "delta": 0.2}
 
 
 @torch.no_grad()
-def drift_of_growth(layer, x):
+def drift_of_growth(layer, x, seed=0):
+    torch.manual_seed(seed)  # draws the new keys
     layer = copy.deepcopy(layer)
     before = layer.update(x)
     layer.grow()
@@ -366,7 +385,8 @@ with torch.no_grad():
 print(f"accuracy on task 1: {then:.2f}, grown {now:.2f}")
 
 # %% [markdown]
-# About .02, and the accuracy stays at .94. **Explain**, in one sentence, before you open this.
+# About .03 (other draws of the new keys give .016 to .031), and the accuracy stays at .94.
+# **Explain**, in one sentence, before you open this.
 #
 # <details><summary>An answer</summary>
 # Trained keys have large products with the inputs that they were trained on, new keys have small
@@ -374,16 +394,18 @@ print(f"accuracy on task 1: {then:.2f}, grown {now:.2f}")
 # </details>
 #
 # **Break.** So new keys are harmless as long as their scores are small. Write one that is not: a
-# key (D,) with more than .9 of the gate's weight for every old input, rows of `old` (N, D). Its
-# value stays 0, and no old number changes. The check puts it into each of the three layers and
-# tests task 1. What will the accuracy be?
+# key (D,) with more than .9 of the gate's weight for every old input. You get their directions: the
+# rows of `old` (N, D) are the inputs, each divided by its length. The key's value stays 0, and no
+# old number changes. The check puts it into each of the three layers and tests task 1. What will
+# the accuracy be?
 #
 # <details><summary>Hint 1</summary>
 # The sign first: a key whose product with every old input is above 0. What do digits have in
 # common?
 # </details>
 # <details><summary>Hint 2</summary>
-# Then the length, as in section 3. New keys have a length of about .6.
+# Then the length, as in section 3: the mean of rows of length 1 is shorter than 1, and a longer key
+# has more weight.
 # </details>
 
 
@@ -404,7 +426,7 @@ def taken(model, make_key, images):
         hook = layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         model(images)
         hook.remove()
-        key = make_key(seen[0])
+        key = make_key(F.normalize(seen[0], dim=-1))
         shape = tuple(key.shape) if isinstance(key, torch.Tensor) else key
         expect(f"shape of the key, old {tuple(seen[0].shape)}", shape, tuple(seen[0].shape[1:]))
         layer.A[0] = key
@@ -493,10 +515,20 @@ figures.shares(runs["MoRA, r"].mass[-1])
 
 # %% [markdown]
 # Inputs of task 1, turned by 36°, give .36 to their own ranks and .25 to those of task 5, turned by
-# 180°. Task 1 falls from .94 to .60. The tasks look alike: the mean image of task 1 has a cosine of
-# .60 with that of task 2 and of .54 with that of task 5, as half a turn leaves much of a digit as
-# it was. Of permuted tasks no two have more than .23. So later keys have large products with inputs
-# of task 1.
+# 180°. Task 1 falls from .94 to .60. Do the tasks look alike? For each, take the mean of what the
+# first layer reads, and compare the directions.
+
+# %% alike
+for name, stream in streams.items():
+    means = torch.stack([F.layer_norm(task.x_test, (64,)).mean(0) for task in stream.tasks])
+    cosines = F.cosine_similarity(means[:, None], means, dim=-1)
+    print(f"{name} digits, task 1 and each:", *(f"{c:.2f}" for c in cosines[0].tolist()))
+    print(f"    the largest of two tasks: {cosines.fill_diagonal_(-1).max():.2f}")
+
+# %% [markdown]
+# The mean of what the first layer reads in task 1 has a cosine of .60 with that in task 2 and of
+# .54 with that in task 5, as half a turn leaves much of a digit as it was. Of permuted tasks no two
+# have more than .23. So on rotated digits later keys have large products with inputs of task 1.
 #
 # Last, the numbers of ten seeds, each method at its tuned settings (`minimoe study atlas`).
 # split-digits has two classes in each of its five tasks.
@@ -519,11 +551,16 @@ for name in (*groups, "digit-worlds"):
     both = (atlas[name][learner]["acc"] for learner in ("own_ridge", "mora"))
     pairs += [ridge > mora for ridge, mora in zip(*both, strict=True)]
 claim(f"Of {len(pairs)} runs the ridge for each task is above MoRA in all", sum(pairs), all(pairs))
+for learner in ("own_ridge", "mora", "own_subspace"):
+    print(f"subspaces, {learner}: {mean(atlas['subspaces'][learner]['acc']):.2f}")
 
 # %% [markdown]
 # The fourth stream is digit-worlds, with digits of two sources: .92 and .74. LoRA has .50, .45, .21
-# and .34 on the four, below MoRA in every seed. So MoRA's case is not made on digits; notebook 04
-# has more to compare with.
+# and .34 on the four, below MoRA in every seed. So MoRA's case is not made on digits.
+#
+# It is above the ridge on `subspaces`, where every task's inputs have mean 0, so that a mean names
+# no task: MoRA has .45 there and `own_ridge` .14 (a perfect answer has 1). The closed form that is
+# right for it, `own_subspace`, has 1.00. Notebook 04 has more to compare with.
 
 # %% [markdown]
 # ### At home (30 minutes)

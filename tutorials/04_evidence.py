@@ -8,8 +8,8 @@
 # 2. pick the simple method that would embarrass a result;
 # 3. say whether a difference holds over seeds, and when a number is luck.
 #
-# **Time.** 50 minutes in class and 40 at home, of which the computer needs half a minute. Sections
-# 1 to 3 stand alone: 20 minutes, after notebook 00.
+# **Time.** 50 minutes in class and 10 at home (section 8), of which the computer needs half a
+# minute. Sections 1 to 3 stand alone: 20 minutes, after notebook 00.
 #
 # **You need** notebook 00. For sections 4 to 8 notebooks 01 to 03 are a good start.
 
@@ -19,17 +19,18 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 SOURCE = "minimoe-0.1.0-py3-none-any.whl"  # the teacher sets it: a wheel, or git+URL@TAG
-NEEDED = "torch numpy matplotlib sklearn safetensors hypothesis joblib pydantic scipy tqdm "
+NEEDED = "numpy matplotlib scikit-learn safetensors hypothesis joblib pydantic scipy tqdm "
 NEEDED += "typing_extensions"
+missing = [n for n in NEEDED.split() if find_spec(n.replace("scikit-learn", "sklearn")) is None]
+if missing:  # none of these brings a torch with it
+    get_ipython().run_line_magic("pip", f"install -q {' '.join(missing)}")
 if find_spec("minimoe") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {SOURCE}")
-missing = [name for name in NEEDED.split() if find_spec(name) is None]
-print(*missing, "to be installed (sklearn: scikit-learn)" if missing else "nothing is missing")
+print("torch is there" if find_spec("torch") else "get torch first: pytorch.org says how")
 
 # %%
 import tempfile
 from collections import Counter
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -127,7 +128,8 @@ with exercise("1"):
         "BWT: the end minus just after learning, not the other way round. ": 0.075,
         "BWT: the last task is no older task, leave it out. ": -0.05,
         "BWT: just after task j was learned is row j + 1, not row j. ": 0.325,
-        "BWT: row 0 is before any task; just after task j was learned is row j + 1. ": 0.375,
+        "BWT: row 0 is before any task; just after task j was learned is row j + 1. ": 0.125,
+        "BWT: the mean over the older tasks, not their sum. ": -0.15,
     }
     of_forgetting = {
         "": 0.125,
@@ -136,13 +138,15 @@ with exercise("1"):
         "Forgetting: from the task's best, not from just after it was learned.": 0.075,
         "Forgetting: the last task is no older task, leave it out.": -0.55 / 3,
         "Forgetting: leave out the last task, and in the maximum the last row.": 0.1,
+        "Forgetting: row 0, before any task, is not in the maximum.": 0.175,
+        "Forgetting: the mean over the older tasks, not their sum.": 0.25,
     }
-    b = np.array([[0.1, 0.1, 0.1], [0.6, 0.2, 0.1], [0.7, 0.5, 0.1], [0.75, 0.2, 0.9]])
+    b = np.array([[0.1, 0.6, 0.1], [0.6, 0.2, 0.1], [0.7, 0.5, 0.1], [0.75, 0.2, 0.9]])
     slips = {x + y: (p, q) for x, p in of_bwt.items() for y, q in of_forgetting.items()}
+    slips["First BWT, then forgetting."] = (0.125, -0.075)
     expect(f"a = {b.tolist()}", old_tasks(b), (-0.075, 0.125), slips=slips)
-    for J in (2, 5):
-        c = np.random.default_rng(J).random((J + 1, J))
-        expect(f"a random matrix of {J} tasks", old_tasks(c), (bwt(c), forgetting(c)))
+    for c in (np.random.default_rng(J).random((J + 1, J)) for J in (2, 5)):
+        expect(f"a random matrix of {len(c) - 1} tasks", old_tasks(c), (bwt(c), forgetting(c)))
 
 # %% [markdown]
 # ## 2. Four patterns (3 min)
@@ -209,8 +213,9 @@ of_means.beside(np.mean([task.float().mean() for task in right]))
 # two digits at a time, and then answers with these two: .21 is about one task of five.
 # </details>
 #
-# **Write.** The same means in one pass: `tasks` is a list of (h, y), h (N, D) and y (N,), which are
-# seen in turn. Keep sums, not images. Return the means (C, D) of the classes 0 to C - 1.
+# **Write.** The same means in one pass: `tasks` is an iterator over (h, y), h (N, D) and y (N,).
+# Each task comes once, and a second loop finds nothing. You need no image of an older task. Return
+# the means (C, D) of the classes 0 to C - 1.
 #
 # <details><summary>Hint 1</summary>
 # Two things are kept: the sum of h for each class, `torch.zeros(C, D)`, and how many there were.
@@ -227,32 +232,35 @@ def means_of(tasks, C):
 
 # %%
 with exercise("2"):
-    x1, x2 = torch.tensor([[0.0, 0], [2, 2], [4, 0]]), torch.tensor([[9.0, 3], [6, 0]])
+    x1, x2 = torch.tensor([[1.0, 1], [2, 2], [4, 0]]), torch.tensor([[9.0, 3], [6, 0]])
     two = [(x1, torch.tensor([0, 0, 1])), (x2, torch.tensor([0, 1]))]
+    one = "Where two rows of h have the same y, s[y] += h adds one of them: use one_hot(y).T @ h"
     slips = {
         "The second task replaced the first: go on adding.": torch.tensor([[9.0, 3], [6, 0]]),
-        "The mean of the tasks' means: keep sums and counts.": torch.tensor([[5.0, 2], [5, 0]]),
-        "The sums are not divided by the counts.": torch.tensor([[11.0, 5], [10, 0]]),
-        "Divide by the examples of the class, not by all.": torch.tensor([[2.2, 1], [2, 0]]),
-        "One count per row: counts[:, None].": torch.tensor([[11 / 3, 5 / 2], [10 / 3, 0]]),
+        "The mean of the tasks' means: keep sums and counts.": torch.tensor([[5.25, 2.25], [5, 0]]),
+        "The sums are not divided by the counts.": torch.tensor([[12.0, 6], [10, 0]]),
+        "Divide by the examples of the class, not by all.": torch.tensor([[2.4, 1.2], [2, 0]]),
+        "One count per row: counts[:, None].": torch.tensor([[4.0, 3], [10 / 3, 0]]),
+        f"{one}.": torch.tensor([[11 / 3, 5 / 3], [5, 0]]),
+        f"{one}, and y.bincount for the counts.": torch.tensor([[5.5, 2.5], [5, 0]]),
     }
-    want = torch.tensor([[11 / 3, 5 / 3], [5, 0]])
-    expect("classes 0, 0, 1, then 0, 1", means_of(two, 2), want, slips=slips)
-    tasks = [(pixels(t.x_train), t.y_train) for t in split.tasks]
+    want = torch.tensor([[4.0, 2], [5, 0]])
+    expect("classes 0, 0, 1, then 0, 1", means_of(iter(two), 2), want, slips=slips)
+    tasks = ((pixels(t.x_train), t.y_train) for t in split.tasks)
     expect("split-digits, task after task", means_of(tasks, 10), at_once)
 
 # %% [markdown]
 # `numbers("atlas")` has the results of all learners of the package on several streams, over 5 or 10
 # seeds (written by `minimoe study atlas`; its page is [here](findings/findings.md)). On
 # `subspaces`, inputs are vectors whose mean is 0 in every task, and a perfect answer counts 1. Of
-# the rows below the first five train. The last three take no step: `ridge` is one ridge regression
+# the rows below the first four train. The last three take no step: `ridge` is one ridge regression
 # on random features, kept as sums; `own_ridge` has one for each task, and the nearest mean of the
 # inputs says whose it is; `own_subspace` asks instead in which task's subspace the input lies.
 
-# %% first-question alt="ACC of eight learners on four streams, as shades and numbers."
+# %% first-question alt="ACC of seven learners on four streams, as shades and numbers."
 atlas = numbers("atlas")
 STREAMS = ["permuted-digits", "rotated-digits", "split-digits", "subspaces"]
-TRAINED = ["lora", "lora_moe", "mora", "aoe", "input_domain_aware"]
+TRAINED = ["lora", "mora", "aoe", "input_domain_aware"]
 rows = [*TRAINED, "own_ridge", "ridge", "own_subspace"]
 means = {s: {name: np.mean(row["acc"]) for name, row in atlas[s].items()} for s in STREAMS}
 shades = [[means[s][name] for s in STREAMS] for name in rows]
@@ -268,16 +276,7 @@ figures.matrix(shades, "mean ACC", rows, [s.removesuffix("-digits") for s in STR
 # On `subspaces` a mean names nothing, and `own_ridge` has .14. MoRA is above that, `aoe` (.78) and
 # `input_domain_aware` (.94) above MoRA, and the right closed form above all: `own_subspace` has
 # 1.00. What decides by the input which part counts is a **gate**; a baseline is as good as its gate
-# too. So ask which simple method could fit *this* stream. And ask what it keeps:
-
-# %% memory
-for name in ("mora", "own_ridge", "ridge", "replay_80"):
-    row = atlas["rotated-digits"][name]
-    print(f"{name:11}ACC {np.mean(row['acc']):.2f}, {row['stored']:7,} numbers at the end")
-
-# %% [markdown]
-# On rotated digits `own_ridge` keeps 10,320 numbers, MoRA 25,600 beside the network that it
-# adapts. `replay_80` is one LoRA that also trains on 80 old images of each task; it has .87.
+# too. So ask which simple method could fit *this* stream.
 
 # %% [markdown]
 # ## 4. Who is told more? (7 min)
@@ -361,17 +360,24 @@ figures.spread(row, "ACC", "split-digits, ten seeds", limits=(0, 0.7))
 by_luck = predict("share of close pairs that one seed turns round", None)
 
 # %% swapped
-free = {n: r["acc"][:5] for n, r in atlas["split-digits"].items() if not ROSTER[n].privileged}
-mean = {name: np.mean(values) for name, values in free.items()}
-pairs = [(x, y) for x, y in combinations(free, 2) if abs(mean[x] - mean[y]) < 0.03]
+split_rows = atlas["split-digits"].items()
+free = np.array([r["acc"][:5] for n, r in split_rows if not ROSTER[n].privileged])  # (55, 5)
+x, y = np.triu_indices(len(free), 1)
+d = free[x] - free[y]  # (pairs, seeds)
+five = d.mean(1, keepdims=True).repeat(5, 1)  # the mean over all five seeds
+four = (5 * five - d) / 4  # for each seed, the mean over the other four
 turned = [
-    np.mean([(free[x][k] > free[y][k]) != (mean[x] > mean[y]) for x, y in pairs]) for k in range(5)
+    np.mean(((d > 0) != (mean > 0))[abs(picks) < 0.03])
+    for mean, picks in ((five, five), (four, five), (four, four))
 ]
-print(len(pairs), "pairs; turned round, by seed:", *(f"{share:.2f}" for share in turned))
-by_luck.beside(np.mean(turned))
+by_luck.beside(turned[0])
+print("held against the other four seeds {1:.2f}, which pick the pairs too {2:.2f}".format(*turned))
 
 # %% [markdown]
-# About a third, .35. Of learners that are close a table of one seed says little.
+# About a third, .35. That is too low, for the seed is counted in the mean. Held against the mean of
+# the other four seeds it is .51. That is too high, for the pairs are those that ended close with
+# this seed. Where the other four pick the pairs too, it is .40, not far from a coin. Of learners
+# that are close a table of one seed says little.
 
 # %% [markdown]
 # ## 6. Seed by seed (8 min)
@@ -417,7 +423,7 @@ x, y = (atlas["permuted-digits"][name]["acc"] for name in ("mora_detached", "mor
 print(Comparison("at least .02", x, y, matters=0.02))
 
 # %% [markdown]
-# `refuted`: whatever the difference is, it is below .02. And of twenty comparisons in which nothing
+# `refuted`: at the 5 % level it is told to be below .02. And of twenty comparisons in which nothing
 # is there, one can be expected to come out by chance. So the package corrects the verdicts of a
 # study for how many there are (Holm's correction, `minimoe.studies.verdicts.judged`).
 #
@@ -484,7 +490,9 @@ reported.beside(best["reported"][TRIED.index(20)])
 # %% [markdown]
 # With 20 settings .725 is reported for a true .70, with 50 it is .73; on new seeds the picked one
 # has .70. The more is tried, the better it looks. So the settings behind the atlas come from data
-# that test nothing, and from a seed that it does not have; no learner was allowed more trials.
+# that test nothing, and from a seed that it does not have; no learner was allowed more trials. With
+# one exception: MoRA's first trial, which four streams kept, was itself chosen by test accuracy on
+# permuted-digits, seeds 0 to 2.
 #
 # **Break.** Make a number look good, and unmask it. `trials` is an array (settings, seeds). Pick
 # the setting with the best mean over the first n seeds; return that mean, and the same setting's
@@ -502,8 +510,11 @@ def picked(trials, n):
 
 # %%
 with exercise("4"):
-    trials = np.array([[0.70, 0.72, 0.60, 0.62], [0.68, 0.66, 0.80, 0.82], [0.78, 0.6, 0.7, 0.7]])
+    first, second = [0.70, 0.72, 0.60, 0.62], [0.68, 0.66, 0.80, 0.82]
+    trials = np.array([first, second, [0.78, 0.6, 0.7, 0.7], [0.6, 0.64, 0.72, 0.74]])
     slips = {
+        "That is the worst setting: argmax, not argmin.": (0.62, 0.73),
+        "First the mean that it was picked by, then that over the other seeds.": (0.61, 0.71),
         "Pick on the first n seeds, not on all.": (0.67, 0.81),
         "Pick one setting, not the best of each seed.": (0.75, 0.81),
         "The same setting on the other seeds, not the best of these.": (0.71, 0.81),
@@ -511,7 +522,7 @@ with exercise("4"):
         "The second number is over the other seeds, not over all.": (0.71, 0.66),
     }
     expect(f"n = 2, trials = {trials.tolist()}", picked(trials, 2), (0.71, 0.61), slips=slips)
-    slips = {"A mean for each setting, not for each seed: mean(1).": (2.02 / 3, 0.62)}
+    slips = {"A mean for each setting, not for each seed: mean(1).": (2.08 / 3, 0.70)}
     expect("n = 3, the same trials", picked(trials, 3), (2.14 / 3, 0.82), slips=slips)
     look, truth = np.mean([picked(paper[:20], 5) for paper in runs[:500]], 0)
     claim(
@@ -540,9 +551,20 @@ claim("The outputs are more than 1 apart", jump, jump > 1)
 # Training builds on such jumps, so another machine, or another order of the same sums, gives
 # another run. An interval over seeds is not the whole uncertainty.
 #
+# **What does a learner keep?** An accuracy has a price in numbers stored:
+
+# %% memory
+for name in ("mora", "own_ridge", "ridge", "replay_80"):
+    row = atlas["rotated-digits"][name]
+    print(f"{name:11}ACC {np.mean(row['acc']):.2f}, {row['stored']:7,} numbers at the end")
+
+# %% [markdown]
+# On rotated digits `own_ridge` keeps 10,320 numbers, MoRA 25,600 beside the network that it
+# adapts. `replay_80` is one LoRA that also trains on 80 old images of each task; it has .87.
+#
 # **Explain.** A paper reports .70 on split-digits, "against .21 of LoRA". You review it. Return the
-# name of a baseline (a `kind` in `ROSTER`) that takes no step of training and makes .70 look bad,
-# how far its mean ACC is above .70, and a sentence to the authors. There are several right answers.
+# name of a learner that takes no step of training and makes .70 look bad, how far its mean ACC is
+# above .70, and a sentence to the authors. There are several right answers.
 # `atlas["split-digits"]` has the numbers, `ROSTER[name].summary` says what a name is.
 
 
@@ -558,8 +580,7 @@ with exercise("5"):
     name, lead, sentence = answer
     there = {n: np.mean(r["acc"]) for n, r in atlas["split-digits"].items()}
     assert name in there, f"{name} is not in the atlas on split-digits"
-    assert ROSTER[name].kind == "baseline", f"{name} is {ROSTER[name].kind}, no baseline"
-    steps = ROSTER[name].scheme is not None or name == "head_only"
+    steps = ROSTER[name].scheme is not None or name in ("head_only", "joint")
     assert not steps, f"{name} takes steps of training: {ROSTER[name].summary}"
     assert there[name] > 0.70, f"{name} has {there[name]:.2f}: beside that, .70 looks good"
     slips = {"That is its ACC: subtract .70.": there[name], "Its ACC minus .70.": 0.7 - there[name]}

@@ -7,7 +7,9 @@
 # 2. count what a product multiplies and moves, and compare the count with a measured time;
 # 3. say which part of a MoRA layer has to be computed, and what leaving out the rest gains.
 #
-# **Time.** 60 minutes, in class or at home, of which the computer needs half a minute.
+# **Time.** 60 minutes, of which the computer needs half a minute. In class 45: sections 1 to 5
+# without the parts marked *at home* (P / M, `auto`, Aᵀ A), and the exit ticket. At home 15: these
+# parts and section 6.
 # **You need** notebook 03, and the gradient of a matrix product. A GPU is used where there is one.
 
 # %% install
@@ -16,12 +18,14 @@ from importlib.util import find_spec
 from IPython import get_ipython
 
 SOURCE = "minimoe-0.1.0-py3-none-any.whl"  # the teacher sets it: a wheel, or git+URL@TAG
-NEEDED = "torch numpy matplotlib sklearn safetensors hypothesis joblib pydantic scipy tqdm "
+NEEDED = "numpy matplotlib scikit-learn safetensors hypothesis joblib pydantic scipy tqdm "
 NEEDED += "typing_extensions"
+missing = [n for n in NEEDED.split() if find_spec(n.replace("scikit-learn", "sklearn")) is None]
+if missing:  # none of these brings a torch with it
+    get_ipython().run_line_magic("pip", f"install -q {' '.join(missing)}")
 if find_spec("minimoe") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps {SOURCE}")
-missing = [name for name in NEEDED.split() if find_spec(name) is None]
-print(*missing, "to be installed (sklearn: scikit-learn)" if missing else "nothing is missing")
+print("torch is there" if find_spec("torch") else "get torch first: pytorch.org says how")
 
 # %%
 import os
@@ -110,9 +114,9 @@ with exercise("1"):
 
 # %% [markdown]
 # That is a gather: read the chosen rows, and add them. Torch has it as one call, an **embedding
-# bag**: a weighted sum of chosen rows of a table. `rank_sparse(v, idx, frozen, live, path)` is the
-# package's product. B comes in two parts, frozen rows and **live** ones, which are in training.
-# `path` says how it is computed:
+# bag**: a weighted sum of chosen rows of a table. In the package B comes in two parts: frozen rows,
+# and **live** ones, which are in training. The product is
+# `rank_sparse(v, idx, frozen, live, path)`, and `path` says how it is computed:
 #
 # | path | what it does | multiply-adds |
 # |---|---|---|
@@ -154,7 +158,8 @@ print(f"H B: {counted(lambda: H @ B):,} multiply-adds; T·R·O {T * R * O:,}, T�
 # which reads the same chosen rows: `torch.einsum("to,tko->tk", dy, B[idx])`. The gradient to B is
 # Hᵀ dy.
 #
-# **Write.** The gradient to B (R, O) from `v` and `idx` (T, K), `dy` (T, O) and R, without H:
+# **Write.** The gradient to B (R, O) from `v` and `idx` (T, K), `dy` (T, O) and R, without a matrix
+# product with H (those are counted; the check does not see what else is made):
 #
 #     dB[i] = Σ  v[t, k] · dy[t]   over all (t, k) with idx[t, k] = i
 #
@@ -310,10 +315,10 @@ time_share.beside(time["gather"])
 # of the machine in each, so neither ratio is that of the times.
 # </details>
 #
-# This can be said in numbers. A machine that does P FLOPs and moves M bytes in a second needs P / M
-# FLOPs for each byte to be busy. Below that the memory decides, and the rate is about M times the
-# FLOPs per byte: the **roofline**. (It is a reference: a small B, as here, stays in a cache, which
-# is faster than memory.)
+# **At home, to the end of the section.** This can be said in numbers. A machine that does
+# P FLOPs and moves M bytes in a second needs P / M FLOPs for each byte to be busy. Below that the
+# memory decides, and the rate is about M times the FLOPs per byte: the **roofline**. (It is a
+# reference: a small B, as here, stays in a cache, which is faster than memory.)
 
 # %% roofline
 square, long = torch.randn(1024, 1024, device=device), torch.randn(2**24, device=device)
@@ -401,23 +406,25 @@ with exercise("3"):
     trials += [(RANKS, *each) for each in zip(lines.values(), (256, 512, None, 512), strict=True)]
     for R, shares, want in trials:
         below = [r for r, share in zip(R, shares, strict=True) if share < 0.5] or [None]
+        place = R.index(want) if want else None
+        earlier = R[place - 1] if place else want
         slips = {
+            "A share equal to the limit is not below it.": R[-1] if shares[-1] == 0.5 else want,
             "That is the first R below the limit; a larger R is above it again.": below[0],
             "That is the largest R: the smallest is meant.": below[-1],
-            "That is the place in the list: return the R that stands there.": R.index(want or R[0]),
-            "That is the R before it: there the share is not below.": R[R.index(want or R[0]) - 1],
-            "A share equal to the limit is not below it.": R[-1],
+            "That is the place in the list: return the R that stands there.": place,
+            "That is the R before it: there the share is not below.": earlier,
         }
         case = f"R = {R}, shares = {shares}, limit = 0.5"
         expect(case, pays_from(R, shares, 0.5), want, slips=slips)
 
 # %% [markdown]
-# `auto`, the package's default, goes by such numbers: dense below the R / K that the next cell
-# prints, sparse from there on, for each product by itself. (`spmm_t` counts live rows only.) Those
-# of a CPU were measured. **Those of a GPU were worked out and not measured**: its GEMM is so fast
-# that leaving out has to save a factor of seventy. `minimoe bench --device cuda` measures them on
-# yours, and the environment variable `MINIMOE_BENCH` makes `auto` use them. Up to `SMALL` tokens
-# times ranks the whole layer is plain.
+# **At home, to the end of the section.** `auto`, the package's default, goes by such numbers:
+# dense below the R / K that the next cell prints, sparse from there on, for each product by itself.
+# (`spmm_t` counts live rows only.) Those of a CPU were measured. **Those of a GPU were worked out
+# and not measured**: its GEMM is so fast that leaving out has to save a factor of seventy.
+# `minimoe bench --device cuda` measures them on yours, and the environment variable `MINIMOE_BENCH`
+# makes `auto` use them. Up to `SMALL` tokens times ranks the whole layer is plain.
 
 # %% auto
 print(f"SMALL {SMALL[device]:,}, CROSSOVER {CROSSOVER}")
@@ -558,11 +565,11 @@ with exercise("5"):
 # the one back. Scoring costs D for each rank, the product O, and only the product can be left out.
 # </details>
 #
-# In training, the norm brings one more product: its gradient to x has all of z in it, c · z A, with
-# one number c for each token. But z A = x (Aᵀ A), and Aᵀ A is (D, D) however large R is. So
-# `top_scores`, which MoRA's gate calls, takes the cheaper of T · R · D and (T + R) · D · D
-# multiply-adds. Both are the exact gradient. At T 4,096 and D 768 the second is cheaper from 946
-# ranks on.
+# **At home, and optional,** with the next cell, `bracket`. In training, the norm brings one more
+# product: its gradient to x has all of z in it, c · z A, with one number c for each token. But
+# z A = x (Aᵀ A), and Aᵀ A is (D, D) however large R is. So `top_scores`, which MoRA's gate calls,
+# takes the cheaper of T · R · D and (T + R) · D · D multiply-adds. Both are the exact gradient. At
+# T 4,096 and D 768 the second is cheaper from 946 ranks on.
 
 # %% bracket
 T, D, R, K = 200, 24, 96, 4

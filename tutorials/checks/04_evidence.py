@@ -102,7 +102,10 @@ assert abs(np.mean(row["lora"]) - 0.21) <= 0.0051 and abs(np.mean(row["lora_moe"
 assert abs(min(row["lora_moe"]) - 0.17) <= 0.0051 and abs(max(row["lora_moe"]) - 0.34) <= 0.0051
 
 # %% swapped
-assert len(free) == 55 and abs(np.mean(turned) - 0.35) <= 0.0051 and min(turned) > 0.25
+assert free.shape == (55, 5) and np.allclose(turned, (0.35, 0.51, 0.40), rtol=0, atol=0.0051)
+by_seed = [np.mean((d > 0) != (five > 0), 0, where=abs(five) < 0.03)]
+assert np.min(by_seed) > 0.25
+assert np.allclose(four[:, 0], d[:, 1:].mean(1), atol=1e-12)
 
 # %% paired
 effects = [c.effect for c in held.values()]
@@ -129,6 +132,9 @@ assert jump > 1
 
 # %% exercise 5
 of_split = {name: np.mean(r["acc"]) for name, r in atlas["split-digits"].items()}
+no_step = {n for n in of_split if ROSTER[n].scheme is None and n not in ("head_only", "joint")}
+above = "ridge own_subspace lda ridge_features lda_features own_ridge class_mean"
+assert {n for n in no_step if of_split[n] > 0.70} == set(above.split())
 assert abs(of_split["class_mean"] - 0.73) <= 0.0051 and abs(of_split["ridge"] - 0.98) <= 0.0051
 d = np.array([0.04, 0.05, 0.03, 0.04, 0.04])
 assert abs(d.mean() - 0.04) < 1e-9 and abs(d.std(ddof=1) - 0.007) < 0.001

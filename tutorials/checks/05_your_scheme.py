@@ -15,6 +15,18 @@ assert [row.verdict for row in rows] == ["held", "held", "held", "broken", "brok
 assert torch.finfo(torch.float16).max == 65504
 big = torch.tensor([255.0, 256.0], dtype=torch.float16).square()
 assert big.isfinite().tolist() == [True, False]
+assert "float16: dx is not finite" in rows[4].evidence
+layer, x = rows[4].case.layer(torch.float16), 30 * rows[4].case.x((64,))  # as the law does
+x = x.half().requires_grad_()
+z, y = layer.project(x, "A"), layer(x)
+y.float().sum().backward()
+small = z.detach()[~x.grad.isfinite()].abs().float()
+assert y.isfinite().all() and len(small) and small.max() < 1 / 256
+assert any(abs(v - 0.0004) < 0.00005 for v in small.tolist())
+for size, finite in ((1 / 200, True), (1 / 300, False)):  # the gradient's end is 1 / 256
+    z = torch.tensor([size], dtype=torch.float16, requires_grad=True)
+    (z**2 / (z**2).sum()).backward()
+    assert z.grad.isfinite().item() == finite
 
 # %% broken
 assert [row.verdict for row in rows] == ["held", "broken", "held", "held", "held"]

@@ -63,7 +63,13 @@ assert np.allclose(other[:, 0], (0.50, 0.47), atol=0.1)
 assert abs(mass[0, 0] - mass[1, 0]) < 0.08 and abs(other[0, 0] - other[1, 0]) < 0.08
 
 # %% letter
-assert differ[LAYERS[0]] < 1e-5 and 0.1 < differ[LAYERS[-1]] < 0.6
+assert len(english) == len(more_english) == len(python) == 128
+assert differ[LAYERS[0]] < 1e-5 and abs(differ[LAYERS[1]] - 0.05) < 0.15
+assert abs(differ[LAYERS[-1]] - 0.45) < 0.2 and abs(alike - 0.3) < 0.2  # alike: of the last layer
+pairs = on_e(LAYERS[-1], english, python).abs().sum(1) / 2
+assert len(pairs) > 20 and pairs.min() < 0.1 and pairs.max() > 0.8
+of_e = gates(LAYERS[1], english)[english == e]
+assert of_e.mean(0).max() > 0.8  # one rank has nearly all
 assert (LAYERS[0], LAYERS[-1]) == ("blocks.0.q", "blocks.1.fc1")
 
 # %% groups
@@ -86,5 +92,11 @@ assert all(np.diff([p[0] for p in points]).min() > -1e-3 for points in dials.val
 assert abs(before[2] + dials["MoRA, scale"][-1][0] - 3.7) < 0.25
 
 # %% dials
+as_trained, with_two = turned("MoRA"), turned("MoRA", top_k=2)
+assert np.allclose(as_trained, with_two, atol=0.01)
+first_half, cost_then = np.array(dials["MoRA, δ"]).T
+assert np.interp(as_trained[0] / 2, first_half, cost_then) > as_trained[1] + 0.2
+half = turned("MoRA", scale=2.0)
+assert half[0] < as_trained[0] / 2 and half[1] < as_trained[1] + 0.2
 assert np.allclose([c[2] for c in costs.values()], (4.27, 4.15, 4.02), atol=0.2)
 assert costs["MoRA, δ"][2] > costs["MoRA, scale"][2] + 0.03

@@ -30,6 +30,22 @@ assert (
 )
 assert abs(probe.interference(runs["LoRA"].records) - 1.42) < 0.12
 assert probe.instability(runs["LoRA"].records) == probe.ambiguity(runs["LoRA"].records) == 0
+from minimoe.continual.learn import LEARNING_RATE
+from minimoe.roster import entry_on
+
+told_there = {"lora": ("LoRA", -0.47), "lora_moe": ("LoRA-MoE", -0.27)}  # in notebook 04
+for name, (say, there) in told_there.items():
+    assert entry_on(name, "permuted-digits").lr == 1e-3 and LEARNING_RATE == 3e-3
+    scheme, settings_ = SCHEMES[say]
+    as_there = run_stream(
+        lambda m, s, k=scheme, w=settings_: AdapterLearner(m, k, rank=8, **w),
+        shipped(),
+        permuted,
+        seed=0,
+        epochs=8,
+        how={"lr": 1e-3},
+    )
+    assert abs(bwt(as_there.matrix) - there) < 0.08, (name, bwt(as_there.matrix))
 nothing = probe.intrusion(runs["LoRA"].records)
 assert nothing != nothing  # nan
 
@@ -85,6 +101,10 @@ assert abs(stored["lora"]["acc"] - stored["lora"]["bwt"] * 4 / 5 - 1) < 0.01  # 
 
 # %% who
 assert exact == [16, 4]
+alone = MoRA(nn.Linear(64, 64), rank=16, top_k=1, tau=0.1)  # k = 1: its weight is 1 whatever z is
+nn.init.normal_(alone.B)
+alone(torch.randn(64)).square().sum().backward()
+assert alone.A.grad.any(-1).sum() == 1
 
 # %% detached
 assert detached == [4, 4]
