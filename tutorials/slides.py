@@ -37,8 +37,7 @@ def notes(name: str) -> dict[str, str]:
     table = guide.partition(f"## {name[:2]}, step by step")[2].partition("\n## ")[0]
     lines = re.findall(r"^\|.*\|$", table, re.M)
     heads, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in lines or ["|", "|"]
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines or ["|", "|"]
     )
     return {
         row[1].split()[0]: "\n\n".join(
