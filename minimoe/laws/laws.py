@@ -510,9 +510,10 @@ def nan_stays(case: Case) -> None:
 
 
 def zero_is_finite(case: Case) -> None:
-    """x = 0 gives finite outputs and gradients: all tokens, and one among others.
+    """x = 0 gives finite outputs and gradients.
 
-    Padding is zero, and a ReLU's output can be. What breaks it: a division by a norm."""
+    Padding is zero, and a ReLU's output can be: all tokens, or one among others. What breaks it: a
+    division by a norm."""
     among = case.x().clone()
     among.flatten(0, -2)[:1] = 0
     zeros = torch.zeros(case.T, case.D, dtype=torch.float64)
